@@ -1,0 +1,23 @@
+"""anyattn: one attention call for PyTorch that runs on whichever kernel is installed and fastest."""
+
+from anyattn import _log
+from anyattn._api import BackendStatus, attention, backends, explain
+from anyattn._capability import Reason
+from anyattn._errors import (
+    AnyattnError,
+    DeviceError,
+    DtypeError,
+    InvalidArgument,
+    MissingExtra,
+    NoBackend,
+    PackingError,
+    ShapeError,
+    UnknownBackend,
+    Unsupported,
+)
+from anyattn._packing import Packing
+from anyattn._select import Explanation, use
+
+__version__ = "0.1.0"
+
+_log.configure()

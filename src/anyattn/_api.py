@@ -1,0 +1,375 @@
+"""The door: ``attention``, ``explain`` and ``backends``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from anyattn import _autograd, _core, _environment, _select, _traced
+from anyattn import backends as _backends
+from anyattn._core import Inputs, Prepared
+from anyattn._errors import InvalidArgument, PackingError
+from anyattn._packing import Packing
+from anyattn._request import (
+    Request,
+    Tensors,
+    as_tuple,
+    autocast_dtype,
+    describe,
+    describe_optional,
+    is_block_mask,
+    refuse_transforms,
+)
+from anyattn._select import Explanation
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Causal = bool | Literal["top_left"] | None
+_CACHE_SIZE = 4096
+_prepared: dict[Request, Prepared] = {}
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: Causal = ..., window: tuple[int | None, int | None] | None = ...,
+    scale: float | None = ..., softcap: float | None = ..., sink: Tensor | None = ..., alibi_slopes: Tensor | None = ...,
+    bias: Tensor | None = ..., mask: Tensor | BlockMask | None = ..., dropout: float = ..., layout: str | None = ...,
+    packing: Packing | None = ..., packing_kv: Packing | None = ..., backend: str | Sequence[str] = ...,
+    deterministic: bool | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: Causal = ..., window: tuple[int | None, int | None] | None = ...,
+    scale: float | None = ..., softcap: float | None = ..., sink: Tensor | None = ..., alibi_slopes: Tensor | None = ...,
+    bias: Tensor | None = ..., mask: Tensor | BlockMask | None = ..., dropout: float = ..., layout: str | None = ...,
+    packing: Packing | None = ..., packing_kv: Packing | None = ..., backend: str | Sequence[str] = ...,
+    deterministic: bool | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: Causal = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
+    dropout: float = 0.0,
+    layout: str | None = None,
+    packing: Packing | None = None,
+    packing_kv: Packing | None = None,
+    backend: str | Sequence[str] = "auto",
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention, on whichever kernel is installed, able and fastest.
+
+    In order: scale, softcap, + ALiBi, + bias, masks, sink, softmax, dropout. causal, window, mask and packing are all
+    applied. Query i of a sequence stands at position i + len_k - len_q, from real lengths, for causal, window and
+    ALiBi alike; with ``causal="top_left"`` it stands at i.
+
+    Args:
+        q: queries, (batch, seq_q, num_heads, head_dim) or as ``layout`` says. float16, bfloat16, float32 or float64.
+        k: keys, (batch, seq_k, num_kv_heads, head_dim). num_heads is a multiple of num_kv_heads.
+        v: values, (batch, seq_k, num_kv_heads, head_dim_v). One dtype and device for q, k and v.
+        causal: no key after a query's own position. True is bottom-right aligned: the last query sees the last key.
+            ``"top_left"`` is the other alignment. None means False.
+        window: (left, right), ints >= 0: keys visible on either side of a query's own position, both ends inclusive.
+            None on a side is unbounded. causal makes right 0.
+        scale: multiplies q . k; default head_dim ** -0.5.
+        softcap: s -> softcap * tanh(s / softcap). None or 0.0 is none.
+        sink: (num_heads,), any float dtype: a logit that joins every row's softmax and has no value. Gets a gradient.
+        alibi_slopes: (num_heads,) or (sequences, num_heads): adds -slope * |key position - query position|. No gradient.
+        bias: added to the scores, broadcastable to (batch, num_heads, seq_q, seq_k). Gets a gradient. Not with "thd".
+        mask: bool, True = attend, broadcastable to (batch, num_heads, seq_q, seq_k), or a torch BlockMask (over packed
+            rows with "thd").
+        dropout: probability in [0, 1) of dropping an attention weight, in training and evaluation alike.
+        layout: "bshd" (default for 4-D), "sbhd", "bhsd", or "thd" (default for 3-D): (rows, heads, dim).
+        packing: where the sequences lie. Required for "thd"; with 4-D tensors it says how many rows of each batch
+            entry are real.
+        packing_kv: the same for keys and values; default: packing.
+        backend: "auto", a backend's name, "backend:kernel", or several in order of preference: never another one.
+        deterministic: bitwise repeatable, forward and backward. Default: torch.are_deterministic_algorithms_enabled().
+        return_lse: also return the log-sum-exp of the masked scores, sink included; it is differentiable.
+
+    Returns:
+        out, as q with head_dim_v for its last dim; or (out, lse), lse float32 in natural log, (batch, num_heads,
+        seq_q) or (num_heads, rows of q). In padding out is 0 and lse is -inf, exactly. A real row that sees no key
+        has out 0 and lse -inf, or the sink's value.
+
+    Raises:
+        InvalidArgument: (or a subclass) arguments that no backend could take; before anything runs.
+        NoBackend: no backend that is allowed and installed takes the call; lists every reason.
+        Unsupported: DTensor, torch.func transforms.
+
+    Under autocast, float32 q, k and v are cast as by ``F.scaled_dot_product_attention``. Double backward raises.
+
+    Example::
+
+        >>> import torch, anyattn
+        >>> packing = anyattn.Packing.from_lengths([3, 5], pad_to_multiple_of=4)
+        >>> q, k, v = torch.randn(3, packing.rows, 2, 16).unbind()
+        >>> anyattn.attention(q, k, v, causal=True, packing=packing).shape
+        torch.Size([12, 2, 16])
+    """
+    tensors = Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv)
+    if torch.compiler.is_compiling():
+        return _traced.attention(
+            tensors, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse
+        )
+    refuse_transforms()
+    if packing is not None and packing._holes is not None:
+        return _through_packing(tensors, locals())
+    request = make_request(
+        tensors, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse
+    )
+    out, lse = execute(request, tensors)
+    return (out, lse) if return_lse else out
+
+
+def make_request(
+    t: Tensors,
+    causal: Any,
+    window: Any,
+    scale: Any,
+    softcap: Any,
+    dropout: Any,
+    layout: Any,
+    backend: Any,
+    deterministic: bool | None,
+    return_lse: bool,
+) -> Request:
+    """The description of a call."""
+    q, k, v, sink, alibi, bias, mask, packing, packing_kv = t
+    grad = torch.is_grad_enabled()
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise InvalidArgument(f"{name} must be a tensor, got {type(x).__name__}")
+    if packing is None and packing_kv is None:
+        keys = None
+        relation = "any"
+    else:
+        packing, packing_kv = entries_of(t, layout)
+        keys = None if packing_kv is None else packing_kv._key
+        relation = "equal" if packing_kv is None or packing is None else packing.relation(packing_kv)
+    return Request(
+        describe(q, grad),
+        describe(k, grad),
+        describe(v, grad),
+        causal,
+        window if window is None or type(window) is tuple else as_tuple(window),
+        scale,
+        softcap,
+        None if sink is None else describe_optional(sink, grad),
+        None if alibi is None else describe_optional(alibi, grad),
+        None if bias is None else describe_optional(bias, grad),
+        None if mask is None else describe_optional(mask, grad),
+        dropout,
+        layout,
+        None if packing is None else packing._key,
+        keys,
+        relation,
+        backend if type(backend) is str else as_tuple(backend),
+        _select.default_preference(),
+        deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+        return_lse,
+        autocast_dtype(q.device.type),
+    )
+
+
+def entries_of(t: Tensors, layout: str | None) -> tuple[Packing | None, Packing | None]:
+    """The packings of a call; with 4-D tensors, as rows of the flattened batch."""
+    packing, packing_kv = t.packing, t.packing_kv
+    for name, p in (("packing", packing), ("packing_kv", packing_kv)):
+        if p is not None and not isinstance(p, Packing):
+            raise PackingError(f"{name} must be an anyattn.Packing, got {type(p).__name__}")
+        if p is not None and p._holes is not None:
+            raise PackingError(
+                f"{name} was made from a mask with holes, which needs 4-D tensors and a packing for the queries too"
+            )
+    if t.q.ndim != 4 or t.k.ndim != 4 or packing is None or layout not in (None, "bshd", "sbhd", "bhsd"):
+        return packing, packing_kv
+    batch, seq, _ = {"sbhd": (1, 0, 2), "bhsd": (0, 2, 1)}.get(layout or "", (0, 1, 2))
+    if packing_kv is not None:
+        packing_kv = packing_kv.for_entries(t.k.shape[batch], t.k.shape[seq])
+    elif t.k.shape[seq] != t.q.shape[seq]:
+        return packing, None  # validation says what is missing
+    return packing.for_entries(t.q.shape[batch], t.q.shape[seq]), packing_kv
+
+
+def execute(request: Request, t: Tensors) -> tuple[Tensor, Tensor | None]:
+    """Run a described call on its tensors."""
+    try:
+        prepared = _prepared.get(request)
+    except TypeError:  # something unhashable was passed: validation names it
+        prepared = None
+    if prepared is None:
+        prepared = _core.prepare(request)
+        if len(_prepared) >= _CACHE_SIZE:
+            _prepared.clear()
+        _prepared[request] = prepared
+    rows_q = rows_k = None
+    if prepared.packed:
+        packing, packing_kv = entries_of(t, prepared.layout.name) if prepared.layout.flattened else (t.packing, t.packing_kv)
+        assert packing is not None
+        rows_q = packing._rows
+        rows_k = rows_q if packing_kv is None else packing_kv._rows
+    inputs = Inputs(rows_q, rows_k, None, None, None)
+    if t.alibi_slopes is not None or t.mask is not None:
+        inputs = _more_inputs(inputs, t)
+    result: tuple[Tensor, Tensor | None] = _autograd.run(prepared, inputs, t.q, t.k, t.v, t.sink, t.bias)
+    return result
+
+
+def _more_inputs(inputs: Inputs, t: Tensors) -> Inputs:
+    alibi = None if t.alibi_slopes is None else t.alibi_slopes.detach()
+    if t.mask is None or is_block_mask(t.mask):
+        return inputs._replace(alibi=alibi, block_mask=t.mask)
+    assert isinstance(t.mask, Tensor)
+    return inputs._replace(alibi=alibi, mask=t.mask.reshape((1,) * (4 - t.mask.ndim) + tuple(t.mask.shape)))
+
+
+def _through_packing(t: Tensors, arguments: dict[str, Any]) -> Any:
+    """A mask with holes: gather the real tokens, run packed, scatter back."""
+    packing = t.packing
+    assert packing is not None
+    layout = arguments["layout"] or ("bshd" if t.q.ndim == 4 else "thd")
+    if t.packing_kv is not None or t.bias is not None or t.mask is not None or layout == "thd" or t.q.ndim != 4:
+        raise PackingError(
+            "a packing made from a mask with holes goes with 4-D self-attention without bias and mask: use mask= for "
+            "such a mask, or pack the tensors yourself with Packing.pack"
+        )
+    order = {"bshd": (0, 1), "sbhd": (1, 0), "bhsd": (0, 2)}.get(layout)
+    if order is None:
+        raise InvalidArgument(f"unknown layout {layout!r}; allowed: bshd, sbhd, bhsd, thd")
+    swap = {"bshd": (0, 0), "sbhd": (0, 1), "bhsd": (1, 2)}[layout]
+    compact = Packing(packing.cu_seqlens, max_seqlen=packing.max_seqlen, sanitize=packing.sanitize, check=False)
+    compact._assemble(packing._facts)
+    keep = ("causal", "window", "scale", "softcap", "sink", "alibi_slopes", "dropout", "backend", "deterministic", "return_lse")
+    q, k, v = (packing.pack(x.transpose(*swap)) for x in (t.q, t.k, t.v))
+    got = attention(q, k, v, packing=compact, **{name: arguments[name] for name in keep})
+    if not arguments["return_lse"]:
+        return packing.unpack(got).transpose(*swap)
+    out, lse = got
+    padded = packing.unpack(lse.transpose(0, 1)).masked_fill(~packing.valid.unsqueeze(-1), float("-inf"))
+    return packing.unpack(out).transpose(*swap), padded.transpose(1, 2)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: Causal = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
+    dropout: float = 0.0,
+    layout: str | None = None,
+    packing: Packing | None = None,
+    packing_kv: Packing | None = None,
+    backend: str | Sequence[str] = "auto",
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    on: str | None = None,
+    assume: Mapping[str, str | None] | None = None,
+) -> Explanation:
+    """Which kernel ``attention`` would run for the same arguments, and why each other one would not.
+
+    Args:
+        on: a target to ask about from any machine: "cpu", "sm80", "sm86", "sm89", "sm90", "sm100", "sm103" or "sm120".
+            It assumes the newest known version of each backend. Default: this machine as it is.
+        assume: versions to assume instead, {"fa4": "4.0.0b20", "varlen": None}; None means not installed.
+
+    The other arguments are ``attention``'s. Tensors may be on "meta": nothing is computed.
+
+    Returns:
+        An :class:`Explanation`: ``.chosen``, ``.rejected`` {name: reasons}, ``.candidates``; ``str()`` is a table. It is
+        the very object that ``attention`` acts on.
+
+    Raises:
+        InvalidArgument: as ``attention``; also an unknown ``on`` or a backend in ``assume`` that does not exist.
+
+    Example::
+
+        >>> import torch, anyattn
+        >>> q = torch.empty(1, 4096, 32, 128, dtype=torch.bfloat16, device="meta")
+        >>> anyattn.explain(q, q, q, causal=True, on="sm90").chosen
+        'fa4'
+    """
+    if on is not None and on not in _environment.TARGETS:
+        raise InvalidArgument(f"unknown on={on!r}; allowed: {', '.join(_environment.TARGETS)}")
+    tensors = Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv)
+    request = make_request(tensors, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
+    installed = None if on is None and assume is None else _select.assumed_world(assume, newest=on is not None)
+    return _core.explain(request, installed, None if on is None else _environment.TARGETS[on])
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """One backend, as ``backends()`` finds it."""
+
+    name: str
+    title: str
+    version: str | None
+    """The installed version, or None."""
+    runs_here: bool
+    """Installed, importable, and able to use this machine's device."""
+    reason: str
+    """Why it does not run here, in one line; empty if it does."""
+    install: str
+    """The command that installs or upgrades it."""
+
+    def __str__(self) -> str:
+        state = "runs here" if self.runs_here else self.reason
+        return f"{self.name:<10} {self.version or '-':<12} {state}"
+
+
+class BackendTable(dict[str, BackendStatus]):
+    """Backend statuses by name; ``str()`` is a table."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.values()))
+
+
+def backends() -> BackendTable:
+    """What is installed, its version, whether this machine's device runs it, and why not.
+
+    Installed kernel packages are imported, to see whether they can be; a failure of any kind is the ``reason``.
+
+    Example::
+
+        >>> import anyattn
+        >>> anyattn.backends()["reference"].runs_here
+        True
+    """
+    arch = _environment.arch_of(torch.device("cuda")) if torch.cuda.is_available() else 0
+    return BackendTable({name: _status(name, arch) for name in _backends.ORDER})
+
+
+def _status(name: str, arch: int) -> BackendStatus:
+    backend = _backends.get(name)
+    probe = dict(_select.world())[name]
+    reason = probe.problem
+    if probe.version is None:
+        reason = reason or "not installed"
+    elif not reason and not _select.load(name):
+        reason = dict(_select.world())[name].problem
+    families = {family for c in backend.CAPABILITIES for family in c.families}
+    if not reason and arch // 10 not in families:
+        reason = f"has no kernel for {_environment.arch_name(arch)}"
+    return BackendStatus(name, backend.TITLE, probe.version, not reason, reason, backend.INSTALL)

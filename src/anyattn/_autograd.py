@@ -1,0 +1,79 @@
+"""Autograd, written once over every backend: the eager path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from anyattn import _core
+from anyattn._call import Saved
+from anyattn._core import Inputs, Prepared
+
+
+class Attention(torch.autograd.Function):
+    """Forward and backward around one kernel, in the caller's layout."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        p: Prepared,
+        x: Inputs,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns (out, lse or None)."""
+        enter = p.layout.enter
+        call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
+        out, lse, rng = _core.forward(p, call, sink)
+        ctx.prepared, ctx.inputs = p, x
+        ctx.set_materialize_grads(False)
+        # The offsets are saved too, so that refilling a Packing before backward is an error and not a wrong gradient.
+        offsets = [None if rows is None else rows.starts for rows in (x.rows_q, x.rows_k)]
+        ctx.save_for_backward(call.q, call.k, call.v, sink, bias, out, lse, rng, x.alibi, x.mask, *offsets)
+        returned = p.layout.leave_lse(lse).float() if p.return_lse and lse is not None else None
+        return p.layout.leave(out), returned
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v, sink and bias, in the caller's layout."""
+        p: Prepared = ctx.prepared
+        x: Inputs = ctx.inputs
+        q, k, v, sink, bias, out, lse, rng, *_ = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 7
+        dout = torch.zeros_like(out) if dout is None else p.layout.enter(dout)
+        dlse = None if dlse is None else p.layout.enter_lse(dlse)
+        saved = Saved(out, lse, rng)
+        call = _core.Call(
+            q, k, v, p.spec, p.kernel.name, x.rows_q, x.rows_k, None, x.alibi, _four_dims(bias), x.mask, x.block_mask
+        )  # fmt: skip
+        dq, dk, dv, dbias = _core.backward(p, call, saved, dout, dlse)
+        dsink = None
+        if sink is not None and ctx.needs_input_grad[5]:
+            dsink = _core.sink_gradient(sink, saved, dout, dlse)
+        leave = p.layout.leave
+        shaped = None if dbias is None or bias is None else dbias.reshape(bias.shape)
+        return None, None, leave(dq), leave(dk), leave(dv), dsink, shaped
+
+
+def _four_dims(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+
+
+def run(p: Prepared, x: Inputs, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor | None) -> Any:
+    """(out, lse or None) in the caller's layout, through autograd only where a gradient is needed."""
+    if p.cast is not None:
+        q, k, v = (t.to(p.cast) if t.dtype == torch.float32 else t for t in (q, k, v))
+    if p.needs_backward:
+        return Attention.apply(p, x, q, k, v, sink, bias)
+    enter, layout = p.layout.enter, p.layout
+    call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
+    out, lse, _ = _core.forward(p, call, sink)
+    return layout.leave(out), layout.leave_lse(lse).float() if p.return_lse and lse is not None else None

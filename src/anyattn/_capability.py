@@ -1,0 +1,257 @@
+"""What a kernel can do, declared as data, and the one evaluator that compares it with a problem.
+
+A :class:`Capability` says which GPUs, dtypes, head dims and features a kernel takes, forward and backward told apart,
+and between which versions. :func:`evaluate` returns *all* reasons against it, each with a remedy. Known defects are
+rows of the same kind, with a link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from packaging.version import Version
+
+from anyattn._environment import arch_name
+from anyattn._problem import Problem
+
+Direction = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a backend does not take a call.
+
+    ``str(reason)`` is one line: what was asked, what the backend needs, what it got, and what would lift it.
+    """
+
+    what: str
+    """What was asked for: "softcap", "head_dim", "dtype" ..."""
+    needs: str
+    """What the backend needs for it."""
+    got: str
+    """What there is instead."""
+    remedy: str
+    """What would lift the reason."""
+    kernel: str = ""
+    """Which of the backend's kernels says so, where it has several."""
+    link: str = ""
+    """Where a known defect is described."""
+
+    def __str__(self) -> str:
+        head = f"{self.kernel}: {self.what}" if self.kernel else self.what
+        link = f" ({self.link})" if self.link else ""
+        return f"{head}: needs {self.needs}, got {self.got}; {self.remedy}{link}"
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """How a kernel supports one feature. The defaults mean: every version, every GPU, forward and backward."""
+
+    since: str | None = None
+    """First version with it (forward)."""
+    backward: bool = True
+    """Whether gradients are right with it."""
+    backward_since: str | None = None
+    """First version whose backward has it."""
+    families: tuple[int, ...] | None = None
+    """GPU generations with it (9 is Hopper); None: wherever the kernel runs."""
+    backward_families: tuple[int, ...] | None = None
+    """GPU generations whose backward has it; None: as forward."""
+
+
+ALWAYS = Support()
+FORWARD_ONLY = Support(backward=False)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadDims:
+    """Head dims that a kernel takes."""
+
+    maximum: int
+    multiple_of: int = 1
+    maximum_backward: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A rule that no table column expresses, or a known defect: applies where ``when`` says, unless lifted."""
+
+    when: Callable[[Problem], bool]
+    reason: Reason
+    since: str | None = None
+    """First affected version (None: from the first)."""
+    fixed: str | None = None
+    """First version without it (None: not fixed)."""
+    direction: Literal["both", "backward"] = "both"
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """What one kernel of a backend takes."""
+
+    families: tuple[int, ...]
+    """GPU generations (compute capability's first part); 0 is the CPU."""
+    dtypes: tuple[str, ...]
+    head_dims: HeadDims
+    features: Mapping[str, Support]
+    """By the names of Problem.features(); what is absent is not supported."""
+    kernel: str = ""
+    """The kernel's name, where a backend has several."""
+    package: str = "torch"
+    """The distribution whose version the rows speak of."""
+    upgrade: str = ""
+    """The command that installs or upgrades it."""
+    backward_families: tuple[int, ...] | None = None
+    """GPU generations with a backward; None: as forward; (): none."""
+    lse_grad: Literal["native", "augmented"] = "augmented"
+    """Whether backward takes the gradient of lse, or the core adds it through one more column of v."""
+    native_sink: tuple[str, ...] = ()
+    """Sink dtypes that the kernel takes itself; the core applies all others from (out, lse)."""
+    native_sink_since: str | None = None
+    reads_torch_flag: bool = False
+    """Deterministic only while torch.use_deterministic_algorithms is on."""
+    rows: tuple[Row, ...] = field(default=())
+
+    def takes_sink(self, dtype: str | None, version: str | None) -> bool:
+        """Whether the kernel itself applies a sink of this dtype."""
+        return dtype in self.native_sink and _at_least(version, self.native_sink_since)
+
+
+FAMILY_NAMES = {0: "CPU", 7: "sm7x", 8: "sm8x", 9: "sm90", 10: "sm10x", 11: "sm11x", 12: "sm12x"}
+
+#: How each feature is called in front of people.
+FEATURE_NAMES = {
+    "dense": "dense batches",
+    "packed": "packed batches",
+    "gaps": "rows outside every sequence",
+    "causal": "causal masking",
+    "window": "sliding windows",
+    "bottom_right": "bottom-right alignment with lengths not known equal",
+    "top_left": "top-left alignment with lengths not known equal",
+    "gqa": "fewer kv heads than heads",
+    "unequal_head_dims": "head_dim_v other than head_dim",
+    "softcap": "softcap",
+    "sink": "sinks",
+    "alibi": "ALiBi",
+    "alibi_per_sequence": "ALiBi slopes per sequence",
+    "bias": "an additive bias",
+    "bias_grad": "the gradient of bias",
+    "mask": "a mask tensor",
+    "block_mask": "a BlockMask",
+    "dropout": "dropout",
+    "lse_grad": "the gradient of lse",
+    "deterministic": "a deterministic backward",
+}
+
+#: What a user may do about a feature that no version of a kernel has.
+_FEATURE_REMEDIES = {
+    "dense": 'use layout="thd" with a Packing',
+    "gaps": "pack the batch without padding (Packing.pack)",
+    "top_left": 'use causal=True (bottom-right), or lengths that the host knows to be equal',
+    "lse_grad": "detach lse, or leave out return_lse",
+    "deterministic": "leave out deterministic=True",
+    "bias_grad": "detach bias",
+}
+
+
+def _at_least(version: str | None, since: str | None) -> bool:
+    return since is None or (version is not None and Version(version) >= Version(since))
+
+
+def _families(families: tuple[int, ...]) -> str:
+    return ", ".join(FAMILY_NAMES[f] for f in families) or "no GPU"
+
+
+def _feature_reason(capability: Capability, name: str, problem: Problem, version: str | None, way: Direction) -> Reason | None:
+    """Why this feature rules the kernel out in one direction, or None."""
+    what = FEATURE_NAMES[name] + (" in backward" if way == "backward" else "")
+    support = capability.features.get(name)
+    if support is None or (way == "backward" and not support.backward):
+        remedy = _FEATURE_REMEDIES.get(name, "choose another backend")
+        return Reason(what, f"a kernel that has {FEATURE_NAMES[name]}", "one without", remedy)
+    family = problem.arch // 10
+    families = support.families
+    since = support.since
+    if way == "backward":
+        families = support.backward_families or families
+        since = support.backward_since or since
+    if families is not None and family not in families:
+        return Reason(what, f"a GPU of {_families(families)}", arch_name(problem.arch), "use such a GPU or another backend")
+    if not _at_least(version, since):
+        return Reason(what, f"{capability.package} >= {since}", f"{version}", capability.upgrade or f"upgrade {capability.package}")
+    return None
+
+
+def _static_reasons(capability: Capability, problem: Problem) -> list[Reason]:
+    """Reasons from device, dtype and head dims, alike in both directions."""
+    found = []
+    if problem.arch // 10 not in capability.families:
+        remedy = "move the tensors" if problem.arch == 0 or capability.families == (0,) else "choose another backend"
+        found.append(Reason("device", _families(capability.families), arch_name(problem.arch), remedy))
+    if problem.dtype not in capability.dtypes:
+        found.append(Reason("dtype", " or ".join(capability.dtypes), problem.dtype, "cast q, k and v, or use torch.autocast"))
+    dims = capability.head_dims
+    for name, dim in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
+        grown = dim
+        if problem.lse_grad and capability.lse_grad == "augmented":
+            grown = dim + dims.multiple_of
+        if dim % dims.multiple_of:
+            padded = -(-dim // dims.multiple_of) * dims.multiple_of
+            found.append(Reason(name, f"a multiple of {dims.multiple_of}", str(dim), f"pad q, k and v to {padded} with zeros"))
+        if dim > dims.maximum:
+            found.append(Reason(name, f"at most {dims.maximum}", str(dim), "choose another backend"))
+        elif grown > dims.maximum:
+            needs = f"at most {dims.maximum - dims.multiple_of} for the gradient of lse"
+            found.append(Reason(name, needs, str(dim), "detach lse, or choose another backend"))
+    return found
+
+
+def _backward_reasons(capability: Capability, problem: Problem, version: str | None) -> list[Reason]:
+    """Reasons that only a backward has, features aside."""
+    found = []
+    families = capability.backward_families
+    if families is not None and problem.arch // 10 not in families:
+        got = arch_name(problem.arch)
+        found.append(Reason("backward", f"a GPU of {_families(families)}" if families else "a kernel with a backward", got,
+                            "call it under torch.no_grad(), or choose another backend"))
+    if problem.deterministic and capability.reads_torch_flag and not problem.torch_deterministic:
+        found.append(Reason(FEATURE_NAMES["deterministic"], "torch.use_deterministic_algorithms(True), which it reads itself",
+                            "the flag off", "switch the flag on"))
+    largest = capability.head_dims.maximum_backward
+    if largest is not None and max(problem.head_dim, problem.head_dim_v) > largest:
+        found.append(Reason("head_dim in backward", f"at most {largest}", str(max(problem.head_dim, problem.head_dim_v)),
+                            "call it under torch.no_grad(), or choose another backend"))
+    return found
+
+
+def _row_applies(row: Row, problem: Problem, version: str | None, way: Direction) -> bool:
+    if row.direction == "backward" and way == "forward":
+        return False
+    affected = _at_least(version, row.since) and not (row.fixed is not None and _at_least(version, row.fixed))
+    return affected and row.when(problem)
+
+
+def evaluate(capability: Capability, problem: Problem, version: str | None) -> tuple[list[Reason], list[Reason]]:
+    """All reasons against a kernel: those against its forward, and those against its backward only.
+
+    Sinks and the gradient of lse are the core's to add, so they are asked of no kernel here beyond a larger head dim.
+    """
+    asked = [name for name in problem.features() if name not in ("sink", "lse_grad")]
+    forward = _static_reasons(capability, problem)
+    forward += [r for n in asked if n not in ("bias_grad", "deterministic")
+                if (r := _feature_reason(capability, n, problem, version, "forward"))]
+    forward += [row.reason for row in capability.rows if _row_applies(row, problem, version, "forward")]
+    backward: list[Reason] = []
+    if problem.needs_backward:
+        told = {r.what for r in forward}
+        backward = _backward_reasons(capability, problem, version)
+        backward += [r for n in asked if FEATURE_NAMES[n] not in told
+                     if (r := _feature_reason(capability, n, problem, version, "backward"))]
+        backward += [row.reason for row in capability.rows if row.direction == "backward"
+                     and _row_applies(row, problem, version, "backward")]
+    if capability.kernel:
+        forward = [replace(r, kernel=capability.kernel) for r in forward]
+        backward = [replace(r, kernel=capability.kernel) for r in backward]
+    return forward, backward

@@ -1,0 +1,371 @@
+"""From a validated request to a result: preparation (cached), forward and backward around one kernel.
+
+Everything that no kernel should have to know is here, once: layouts, padding, sinks, empty problems, the gradient of
+lse. Legend: B batch, S seq, H heads, D head_dim, T rows of a packed batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anyattn import _select, backends
+from anyattn._call import Backend, Call, Gradients, Result, Rows, Saved, Spec
+from anyattn._environment import arch_of
+from anyattn._errors import NoBackend
+from anyattn._packing import valid_rows
+from anyattn._padding import fill_gaps, pad_dims, zero_padding
+from anyattn._problem import Problem, length_class
+from anyattn._request import Meta, Request
+from anyattn._select import Explanation, Kernel
+from anyattn._validate import Sizes, validate
+
+NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the caller's tensors become (B, S, H, D) or (T, H, D), and back."""
+
+    name: str
+    flattened: bool
+    """4-D tensors with a packing: entries are flattened to rows."""
+    batch: int
+
+    def enter(self, x: Tensor) -> Tensor:
+        """From the caller's layout."""
+        if self.name == "bhsd":
+            x = x.transpose(1, 2)
+        elif self.name == "sbhd":
+            x = x.transpose(0, 1)
+        return x.flatten(0, 1) if self.flattened else x
+
+    def leave(self, x: Tensor) -> Tensor:
+        """To the caller's layout."""
+        if self.flattened:
+            x = x.unflatten(0, (self.batch, -1)) if self.batch else x.unsqueeze(0)[:0]
+        if self.name == "bhsd":
+            return x.transpose(1, 2)
+        return x.transpose(0, 1) if self.name == "sbhd" else x
+
+    def enter_lse(self, x: Tensor) -> Tensor:
+        """(B, H, S) to (H, T), where entries are flattened."""
+        return x.transpose(0, 1).flatten(1, 2) if self.flattened else x
+
+    def leave_lse(self, x: Tensor) -> Tensor:
+        """(H, T) to (B, H, S), where entries are flattened."""
+        if not self.flattened:
+            return x
+        return x.unflatten(1, (self.batch, -1)).transpose(0, 1) if self.batch else x.new_zeros(0, x.shape[0], 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that a kind of call needs, settled once."""
+
+    explanation: Explanation
+    kernel: Kernel
+    backend: Backend
+    spec: Spec
+    layout: Layout
+    packed: bool
+    empty: bool
+    """Nothing to compute: no kernel runs."""
+    fill_q: bool
+    """Rows outside every sequence may exist among the queries."""
+    fill_k: bool
+    sanitize: bool
+    needs_backward: bool
+    return_lse: bool
+    core_sink: bool
+    """The sink is applied here, from (out, lse)."""
+    cast: torch.dtype | None
+    """Autocast's dtype for float32 q, k and v."""
+    lse_dtype: torch.dtype
+    device: int | None
+    """Index of the CUDA device."""
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call that carry no gradient, beside q, k, v, sink and bias."""
+
+    rows_q: Rows | None
+    rows_k: Rows | None
+    alibi: Tensor | None
+    mask: Tensor | None
+    block_mask: Any
+
+
+# --- preparation ---------------------------------------------------------------------------------------------------
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sides(request: Request) -> tuple[int | None, int | None]:
+    """(left, right), causality folded in."""
+    left, right = request.window or (None, None)
+    if request.causal:
+        right = 0
+    return left, right
+
+
+def describe_problem(request: Request, sizes: Sizes, arch: int) -> Problem:
+    """The kind of call, for choosing."""
+    left, right = _sides(request)
+    packed = request.packing is not None
+    seq_q, seq_k = sizes.seq_q, sizes.seq_k
+    relation: Any = "equal" if seq_q == seq_k else ("keys_longer" if seq_k > seq_q else "any")
+    gaps = False
+    if request.packing is not None:
+        keys = request.packing_kv or request.packing
+        seq_q, seq_k, relation = request.packing[1], keys[1], request.relation
+        gaps = _has_gaps(request.packing, sizes, sizes.seq_q) or _has_gaps(keys, sizes, sizes.seq_k)
+    deterministic = request.torch_deterministic if request.deterministic is None else request.deterministic
+    grad = any(x.requires_grad for x in (request.q, request.k, request.v))
+    sink_grad = request.sink is not None and request.sink.requires_grad
+    bias_grad = request.bias is not None and request.bias.requires_grad
+    top_left = request.causal == "top_left"
+    problem = Problem(
+        arch=arch,
+        dtype=_dtype_name(_compute_dtype(request)),
+        form="packed" if packed else "dense",
+        head_dim=sizes.head_dim,
+        head_dim_v=sizes.head_dim_v,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        seqlen_q=length_class(seq_q),
+        seqlen_k=length_class(seq_k),
+        relation=relation,
+        gaps=gaps,
+        causal=right == 0,
+        left=left is not None,
+        right=bool(right),
+        top_left=top_left and relation != "equal",
+        softcap=bool(request.softcap),
+        sink=_dtype_name(request.sink.dtype) if request.sink is not None else None,
+        alibi=None if request.alibi_slopes is None else ("heads" if len(request.alibi_slopes.shape) == 1 else "sequences"),
+        bias=_dtype_name(request.bias.dtype) if request.bias is not None else None,
+        mask=None if request.mask is None else ("tensor" if isinstance(request.mask, Meta) else "block"),
+        dropout=request.dropout > 0,
+        grad=grad,
+        sink_grad=sink_grad,
+        bias_grad=bias_grad,
+        lse_grad=request.return_lse and (grad or sink_grad or bias_grad),
+        return_lse=request.return_lse,
+        deterministic=deterministic,
+        torch_deterministic=request.torch_deterministic,
+    )
+    return problem
+
+
+def _compute_dtype(request: Request) -> torch.dtype:
+    dtype = request.q.dtype
+    return request.autocast if request.autocast is not None and dtype == torch.float32 else dtype
+
+
+def _has_gaps(packing: tuple[Any, ...], sizes: Sizes, rows: int) -> bool:
+    """Whether rows of the tensor may lie outside every sequence."""
+    total = rows * sizes.batch
+    return packing[3] or packing[2] != total
+
+
+def explain(request: Request, installed: _select.World | None, arch: int | None) -> Explanation:
+    """Validate a request and choose; for ``explain()``."""
+    sizes = validate(request)
+    problem = describe_problem(request, sizes, arch_of(request.q.device) if arch is None else arch)
+    world = _select.world() if installed is None else installed
+    return _select.choose(problem, _preference(request), world)
+
+
+def _preference(request: Request) -> _select.Preference:
+    if request.backend == "auto":
+        return request.preference
+    return _select.parse_preference(request.backend)
+
+
+def prepare(request: Request) -> Prepared:
+    """Validate, choose, and settle everything that does not depend on data.
+
+    Raises:
+        InvalidArgument: see ``validate``.
+        NoBackend: nothing that is allowed takes the call.
+    """
+    sizes = validate(request)
+    problem = describe_problem(request, sizes, arch_of(request.q.device))
+    preference = _preference(request)
+    explanation = _select.choose(problem, preference, _select.world())
+    while explanation.forward is not None and not _select.load(explanation.forward.backend):
+        explanation = _select.choose(problem, preference, _select.world())
+    kernel = explanation.forward
+    if kernel is None:
+        raise NoBackend(explanation)
+    return _settle(request, sizes, problem, explanation, kernel)
+
+
+def _sees_key(problem: Problem) -> bool:
+    """Whether every real query row is known to see at least one key: its own position, or any."""
+    if problem.mask is not None or problem.bias is not None:
+        return False
+    return problem.relation != "any" or (problem.form == "dense" and not problem.shape_matters)
+
+
+def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Explanation, kernel: Kernel) -> Prepared:
+    left, right = _sides(request)
+    core_sink = problem.sink is not None and not kernel.native_sink
+    packed = problem.form == "packed"
+    keys = request.packing_kv or request.packing
+    spec = Spec(
+        scale=sizes.head_dim**-0.5 if request.scale is None else float(request.scale),
+        softcap=float(request.softcap or 0.0),
+        left=left,
+        right=right,
+        top_left=problem.top_left,
+        dropout=float(request.dropout),
+        deterministic=problem.deterministic,
+        need_lse=problem.needs_backward or problem.return_lse or core_sink,
+        sees_key=_sees_key(problem),
+    )
+    dims = (sizes.batch, sizes.seq_q, sizes.seq_k, sizes.num_heads, problem.seqlen_q, problem.seqlen_k)
+    device = request.q.device
+    return Prepared(
+        explanation=explanation,
+        kernel=kernel,
+        backend=backends.get(kernel.backend),
+        spec=spec,
+        layout=Layout(sizes.layout, packed and sizes.layout != "thd", sizes.batch),
+        packed=packed,
+        empty=0 in dims,
+        fill_q=packed and _has_gaps(request.packing or (), sizes, sizes.seq_q),
+        fill_k=packed and _has_gaps(keys or (), sizes, sizes.seq_k),
+        sanitize=packed and bool((request.packing or (False,))[5] or (keys or (False,))[5]),
+        needs_backward=problem.needs_backward,
+        return_lse=problem.return_lse,
+        core_sink=core_sink,
+        cast=request.autocast,
+        lse_dtype=torch.float64 if problem.dtype == "float64" else torch.float32,
+        device=(torch.cuda.current_device() if device.index is None else device.index) if device.type == "cuda" else None,
+    )
+
+
+# --- forward -------------------------------------------------------------------------------------------------------
+
+
+def make_call(p: Prepared, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor | None, x: Inputs) -> Call:
+    """What the kernel gets: tensors in its layouts, sanitized if asked."""
+    if p.sanitize and x.rows_q is not None and x.rows_k is not None:
+        valid_k = valid_rows(x.rows_k, k.shape[0])
+        q = zero_padding(q, valid_k if x.rows_q is x.rows_k else valid_rows(x.rows_q, q.shape[0]))
+        k, v = zero_padding(k, valid_k), zero_padding(v, valid_k)
+    return Call(
+        q, k, v, p.spec, p.kernel.name, x.rows_q, x.rows_k,
+        None if p.core_sink else sink, x.alibi, bias, x.mask, x.block_mask,
+    )  # fmt: skip
+
+
+def forward(p: Prepared, call: Call, sink: Tensor | None) -> Result:
+    """Run the kernel; apply the sink; make padding exact."""
+    if p.empty:
+        out, lse, rng = _empty_result(p, call)
+    elif p.device is not None and p.device != torch.cuda.current_device():
+        with torch.cuda.device(p.device):
+            out, lse, rng = p.backend.forward(call)
+    else:
+        out, lse, rng = p.backend.forward(call)
+    if sink is not None and (p.core_sink or p.empty):
+        assert lse is not None
+        out, lse = apply_sink(out, lse, sink)
+    if p.fill_q:
+        assert call.rows_q is not None
+        if lse is None:
+            fill_gaps(call.rows_q, (out, 0, 0.0))
+        else:
+            fill_gaps(call.rows_q, (out, 0, 0.0), (lse, 1, NEG_INF))
+    return Result(out, lse, rng)
+
+
+def _empty_result(p: Prepared, call: Call) -> Result:
+    q, heads = call.q, call.q.shape[-2]
+    out = q.new_zeros(*q.shape[:-1], call.v.shape[-1])
+    shape = (heads, q.shape[0]) if p.packed else (q.shape[0], heads, q.shape[1])
+    return Result(out, q.new_full(shape, NEG_INF, dtype=p.lse_dtype))
+
+
+def _per_row(x: Tensor) -> Tensor:
+    """From lse's layout, (B, H, S) or (H, T), to out's with one column."""
+    return x.transpose(-1, -2).unsqueeze(-1)
+
+
+def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse of a softmax that one more logit without a value joins. A row that sees no key gets the sink's lse."""
+    logit = sink.detach().to(lse.dtype)[:, None]
+    total = torch.logaddexp(lse, logit)
+    share = torch.exp(lse - total).nan_to_num_(0.0)  # -inf - -inf: nothing seen and a sink of -inf
+    return out.mul_(_per_row(share)), total  # computed in share's precision, rounded once
+
+
+# --- backward ------------------------------------------------------------------------------------------------------
+
+
+def backward(p: Prepared, call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:
+    """Run the kernel's backward; make padding exact. out and lse are the final ones, so sinks need nothing more."""
+    if p.empty:
+        zeros = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k, call.v)]
+        return Gradients(zeros[0], zeros[1], zeros[2], None if call.bias is None else torch.zeros_like(call.bias))
+    if p.sanitize and call.rows_q is not None:
+        dout = zero_padding(dout, valid_rows(call.rows_q, dout.shape[0]))
+    if p.device is not None and p.device != torch.cuda.current_device():
+        with torch.cuda.device(p.device):
+            gradients = _kernel_backward(p, call, saved, dout, dlse)
+    else:
+        gradients = _kernel_backward(p, call, saved, dout, dlse)
+    if p.fill_q:
+        assert call.rows_q is not None
+        fill_gaps(call.rows_q, (gradients.dq, 0, 0.0))
+    if p.fill_k:
+        assert call.rows_k is not None
+        fill_gaps(call.rows_k, (gradients.dk, 0, 0.0), (gradients.dv, 0, 0.0))
+    return gradients
+
+
+def _kernel_backward(p: Prepared, call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:
+    if dlse is not None:  # rows that see nothing: whatever arrives there (the gradient of -inf may be infinite)
+        dlse = dlse.to(saved.lse.dtype).masked_fill(saved.lse == NEG_INF, 0.0)
+    if dlse is None or p.kernel.native_lse_grad:
+        return p.backend.backward(call, saved, dout, dlse)
+    return _augmented_backward(p.backend, call, saved, dout, dlse)
+
+
+def _augmented_backward(backend: Backend, call: Call, saved: Saved, dout: Tensor, dlse: Tensor) -> Gradients:
+    """The gradient of lse through a kernel that knows none, exactly.
+
+    A backward uses lse only through out . dout per row. One more column, zero in v, one in out and -dlse in dout,
+    turns that into out . dout - dlse, and nothing else sees it. The dims grow by 8, which every kernel takes.
+    """
+    head_dim, head_dim_v = call.q.shape[-1], call.v.shape[-1]
+    grown = pad_dims(dout, head_dim_v + 8)
+    grown[..., head_dim_v] = -_per_row(dlse).squeeze(-1).to(dout.dtype)
+    out = pad_dims(saved.out, head_dim_v + 8)
+    out[..., head_dim_v] = 1.0
+    wider = Call(
+        pad_dims(call.q, head_dim + 8), pad_dims(call.k, head_dim + 8), pad_dims(call.v, head_dim_v + 8), call.spec,
+        call.kernel, call.rows_q, call.rows_k, None, call.alibi, call.bias, call.mask, call.block_mask,
+    )  # fmt: skip
+    got = backend.backward(wider, Saved(out, saved.lse, saved.rng), grown, None)
+    cut = [x[..., :dim].contiguous() for x, dim in zip(got[:3], (head_dim, head_dim, head_dim_v), strict=True)]
+    return Gradients(cut[0], cut[1], cut[2], got.dbias)
+
+
+def sink_gradient(sink: Tensor, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """The sink's gradient from the final out and lse: its softmax share times (dlse - dout . out), summed over rows."""
+    lse = saved.lse
+    share = torch.exp(sink.detach().to(lse.dtype)[:, None] - lse)
+    dot = (dout.to(lse.dtype) * saved.out.to(lse.dtype)).sum(-1).transpose(-1, -2)
+    per_row = share * (-dot if dlse is None else dlse - dot)
+    per_row = per_row.masked_fill(lse == NEG_INF, 0.0)  # padding, whatever dout holds there
+    per_head = per_row.sum(-1)
+    return (per_head.sum(0) if per_head.ndim == 2 else per_head).to(sink.dtype)

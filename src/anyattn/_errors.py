@@ -1,0 +1,78 @@
+"""The exceptions anyattn raises.
+
+::
+
+    AnyattnError
+    ├── InvalidArgument        (ValueError)           an argument that no backend could accept
+    │   ├── ShapeError                                ranks, sizes, head counts that do not fit together
+    │   ├── DtypeError                                dtypes that are mixed or not allowed
+    │   ├── DeviceError                               tensors on different devices
+    │   ├── PackingError                              offsets, lengths or masks that describe no batch
+    │   └── UnknownBackend                            a backend name that does not exist
+    ├── NoBackend              (RuntimeError)         valid, but nothing allowed here can run it; has .explanation
+    ├── Unsupported            (NotImplementedError)  a way of calling that anyattn refuses (DTensor, torch.func, ...)
+    └── MissingExtra           (ImportError)          an optional dependency is not installed
+
+Every message says what was given, what is allowed, and what to do. All but those of a backward pass are raised
+before a kernel runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from anyattn._select import Explanation
+
+
+class AnyattnError(Exception):
+    """Base of every exception that anyattn raises on purpose."""
+
+
+class InvalidArgument(AnyattnError, ValueError):
+    """An argument, or a combination of them, that no backend could accept."""
+
+
+class ShapeError(InvalidArgument):
+    """Ranks, sizes or head counts that do not fit together."""
+
+
+class DtypeError(InvalidArgument):
+    """A dtype that is not allowed, or dtypes that differ where they must not."""
+
+
+class DeviceError(InvalidArgument):
+    """Tensors of one call that live on different devices."""
+
+
+class PackingError(InvalidArgument):
+    """Offsets, lengths, masks or positions that describe no batch, or not this one."""
+
+
+class UnknownBackend(InvalidArgument):
+    """A backend name that anyattn does not have."""
+
+
+class NoBackend(AnyattnError, RuntimeError):
+    """The arguments are valid, but no backend that is allowed, installed and able takes them.
+
+    Attributes:
+        explanation: what :func:`anyattn.explain` returns for the same call, with every reason.
+    """
+
+    def __init__(self, explanation: Explanation) -> None:
+        super().__init__(
+            "no backend can run this call; each says why, and what would lift it:\n" + explanation.reasons_text()
+        )
+        self.explanation = explanation
+
+
+class Unsupported(AnyattnError, NotImplementedError):
+    """A way of calling that anyattn refuses rather than answer wrongly."""
+
+
+class MissingExtra(AnyattnError, ImportError):
+    """A feature needs an optional dependency that is not installed."""
+
+    def __init__(self, feature: str, extra: str, missing: str) -> None:
+        super().__init__(f"{feature} needs {missing}, which is not installed: pip install 'anyattn[{extra}]'")

@@ -1,0 +1,306 @@
+"""The choice of a kernel: pure, cached, and able to explain itself.
+
+``choose(problem, preference, world)`` looks at nothing else. ``Explanation`` is what it returns, what ``explain()``
+shows, and what ``attention()`` acts on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType
+
+import torch
+from packaging.version import Version
+
+from anyattn import backends
+from anyattn._capability import Capability, Reason, evaluate
+from anyattn._environment import Probe, one_line
+from anyattn._errors import InvalidArgument, UnknownBackend
+from anyattn._log import logger
+from anyattn._problem import Problem
+
+Preference = tuple[str, ...]
+World = tuple[tuple[str, Probe], ...]
+
+AUTO: Preference = ("auto",)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel of one backend, as chosen."""
+
+    backend: str
+    name: str
+    """Empty where the backend has one kernel only."""
+    version: str
+    native_sink: bool = False
+    native_lse_grad: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.backend}:{self.name}" if self.name else self.backend
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Which kernel runs a call, and why each other one does not. ``str()`` is a table.
+
+    Attributes:
+        problem: the kind of call, as the choice saw it.
+        candidates: every kernel that takes it, the preferred first.
+        rejected: for each backend that does not, all its reasons.
+    """
+
+    problem: Problem
+    candidates: tuple[Kernel, ...]
+    rejected: Mapping[str, tuple[Reason, ...]]
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> str | None:
+        """The chosen backend's name, or None if nothing takes the call."""
+        return self.candidates[0].backend if self.candidates else None
+
+    @property
+    def forward(self) -> Kernel | None:
+        """The kernel that runs forward."""
+        return self.candidates[0] if self.candidates else None
+
+    @property
+    def backward(self) -> Kernel | None:
+        """The kernel that runs backward, if a gradient is needed."""
+        return self.forward if self.problem.needs_backward else None
+
+    def reasons_text(self) -> str:
+        """Every reason of every rejected backend, a line each."""
+        return "\n".join(f"  {name:<10} {reason}" for name, reasons in self.rejected.items() for reason in reasons)
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem}", f"  -> {self.forward if self.forward else 'no backend takes this call'}"]
+        for kernel in self.candidates:
+            mark = "chosen" if kernel == self.forward else "able"
+            lines.append(f"  {kernel!s:<16} {mark:<9} {kernel.version}")
+        for name, reasons in self.rejected.items():
+            for reason in reasons:
+                lines.append(f"  {name:<16} rejected  {reason}")
+        return "\n".join(lines)
+
+
+# --- what the caller prefers ---------------------------------------------------------------------------------------
+
+
+def parse_preference(wanted: str | Sequence[str]) -> Preference:
+    """``"fa4"``, ``"torch:flash"``, ``"fa4,torch"`` or a sequence of such names, checked; ("auto",) means any.
+
+    Raises:
+        UnknownBackend: a name that is no backend or kernel.
+    """
+    names = wanted.split(",") if isinstance(wanted, str) else wanted
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) for n in names):
+        raise InvalidArgument(f"backend must be a name or a non-empty sequence of names, got {wanted!r}")
+    parsed = tuple(name.strip() for name in names)
+    for name in parsed:
+        _check_name(name)
+    return parsed
+
+
+def _check_name(name: str) -> None:
+    backend, _, kernel = name.partition(":")
+    if backend == "auto" and not kernel:
+        return
+    if backend not in backends.ORDER:
+        raise UnknownBackend(f"unknown backend {name!r}; allowed: auto, {', '.join(backends.ORDER)}")
+    kernels = [c.kernel for c in backends.get(backend).CAPABILITIES if c.kernel]
+    if ":" in name and kernel not in kernels:
+        allowed = ", ".join(f"{backend}:{k}" for k in kernels) or f"{backend} (it has one kernel)"
+        raise UnknownBackend(f"unknown kernel {name!r}; allowed: {allowed}")
+
+
+_preference: ContextVar[Preference | None] = ContextVar("anyattn_preference", default=None)
+
+#: The preference as torch.compile sees it: a plain global, for Dynamo guards those and cannot read a ContextVar.
+traced_preference: Preference | None = None
+
+
+@lru_cache
+def _environment_preference(value: str) -> Preference:
+    return parse_preference(value) if value else AUTO
+
+
+def default_preference() -> Preference:
+    """What ``backend="auto"`` means here: ``use()``, else ``ANYATTN_BACKEND``, else any."""
+    chosen = _preference.get()
+    return chosen if chosen is not None else _environment_preference(os.environ.get("ANYATTN_BACKEND", ""))
+
+
+@contextmanager
+def use(backend: str | Sequence[str]) -> Iterator[None]:
+    """Prefer a backend, or several in order, for every call inside that does not name one itself.
+
+    Args:
+        backend: as ``attention(backend=...)``: never another one than these.
+
+    Raises:
+        UnknownBackend: a name that is no backend.
+
+    The preference belongs to the current thread and context. In a region compiled by ``torch.compile`` it is a
+    constant of the graph, guarded, and process-wide.
+
+    Example::
+
+        >>> import anyattn, torch
+        >>> q = torch.randn(1, 4, 2, 8)
+        >>> with anyattn.use("reference"):
+        ...     anyattn.explain(q, q, q).chosen
+        'reference'
+    """
+    global traced_preference
+    parsed = parse_preference(backend)
+    token = _preference.set(parsed)
+    outer, traced_preference = traced_preference, parsed
+    try:
+        yield
+    finally:
+        traced_preference = outer
+        _preference.reset(token)
+
+
+# --- what is installed ---------------------------------------------------------------------------------------------
+
+_broken: dict[str, str] = {}
+_world: World | None = None
+
+
+def world() -> World:
+    """What is installed in this process, probed once."""
+    global _world
+    if _world is None:
+        _world = tuple((name, _probe(name)) for name in backends.ORDER)
+    return _world
+
+
+def _probe(name: str) -> Probe:
+    probe = backends.get(name).probe()
+    if name in _broken:
+        return Probe(probe.version, _broken[name])
+    return probe
+
+
+def assumed_world(assume: Mapping[str, str | None] | None, *, newest: bool) -> World:
+    """The world for ``explain(on=..., assume=...)``: the newest known versions, or this process's, then ``assume``."""
+    assume = assume or {}
+    for name, version in assume.items():
+        if name not in backends.ORDER:
+            raise UnknownBackend(f"assume names the unknown backend {name!r}; allowed: {', '.join(backends.ORDER)}")
+        if version is not None:
+            Version(version)
+    base = {n: Probe(backends.get(n).NEWEST) for n in backends.ORDER} if newest else dict(world())
+    base.update({n: Probe(v, "" if v else "assumed absent") for n, v in assume.items()})
+    return tuple(base.items())
+
+
+def forget_world() -> None:
+    """Probe again at the next call: for tests, and after installing something into a live process."""
+    global _world
+    _world = None
+    _broken.clear()
+    load.cache_clear()
+
+
+@lru_cache
+def load(name: str) -> bool:
+    """Import a backend's kernels. False, and a reason from then on, if that fails in any way."""
+    try:
+        backends.get(name).load()
+    except Exception as error:  # kernel packages fail with AttributeError, TypeError and OSError too
+        global _world
+        _broken[name] = one_line(error)
+        _world = None
+        logger.warning("%s is installed but does not load, so it is left out: %s", name, _broken[name])
+        return False
+    return True
+
+
+# --- the choice ----------------------------------------------------------------------------------------------------
+
+
+def _judge(name: str, kernels: set[str] | None, problem: Problem, probe: Probe) -> tuple[list[Kernel], list[Reason]]:
+    """The kernels of one backend that take the problem, and all reasons of those that do not."""
+    backend = backends.get(name)
+    if probe.version is None or probe.problem:
+        got = f"{probe.version}: {probe.problem}" if probe.version else (probe.problem or "not installed")
+        return [], [Reason("installation", f"{backend.TITLE}", got, backend.INSTALL)]
+    able, reasons = [], []
+    for capability in backend.CAPABILITIES:
+        if kernels is not None and capability.kernel not in kernels:
+            continue
+        forward, backward = evaluate(capability, problem, probe.version)
+        if forward or backward:
+            reasons += [*forward, *backward]
+        else:
+            able.append(_kernel(name, capability, problem, probe.version))
+    return able, reasons
+
+
+def _kernel(name: str, capability: Capability, problem: Problem, version: str) -> Kernel:
+    sink = problem.sink is not None and capability.takes_sink(problem.sink, version)
+    return Kernel(name, capability.kernel, version, sink, capability.lse_grad == "native")
+
+
+def _expand(preference: Preference) -> list[tuple[str, set[str] | None]]:
+    """Backends in order, each with the kernels allowed (None: all)."""
+    order: dict[str, set[str] | None] = {}
+    for wanted in preference:
+        if wanted == "auto":
+            order.update({name: None for name in backends.ORDER if name not in order})
+            continue
+        name, _, kernel = wanted.partition(":")
+        if not kernel:
+            order[name] = None
+        elif name not in order:
+            order[name] = {kernel}
+        elif (named := order[name]) is not None:
+            named.add(kernel)
+    return list(order.items())
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, preference: Preference, installed: World) -> Explanation:
+    """Choose a kernel. Pure: the same arguments give the same answer."""
+    probes = dict(installed)
+    candidates: list[Kernel] = []
+    rejected: dict[str, tuple[Reason, ...]] = {}
+    allowed = _expand(preference)
+    for name, kernels in allowed:
+        able, reasons = _judge(name, kernels, problem, probes[name])
+        candidates += able
+        if not able:
+            rejected[name] = tuple(reasons)
+    named = dict(allowed)
+    for name in backends.ORDER:
+        if name not in named:
+            asked = " or ".join(preference)
+            rejected[name] = (Reason("backend", f"backend={name!r} or 'auto'", asked, "name it, or leave backend out"),)
+    if any(":" in wanted for wanted in preference):
+        candidates.sort(key=lambda k: _rank(preference, k))
+    explanation = Explanation(problem, tuple(candidates), MappingProxyType(rejected),
+                              MappingProxyType({n: p.version for n, p in installed}))
+    logger.info("%s runs %s", explanation.forward or "nothing", problem)
+    return explanation
+
+
+def _rank(preference: Preference, kernel: Kernel) -> int:
+    """The place of a kernel in a preference that names kernels."""
+    for place, wanted in enumerate(preference):
+        if wanted in (str(kernel), kernel.backend, "auto"):
+            return place
+    return len(preference)
+
+
+def deterministic_default() -> bool:
+    """What ``deterministic=None`` means."""
+    return torch.are_deterministic_algorithms_enabled()

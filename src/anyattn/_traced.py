@@ -1,0 +1,249 @@
+"""``attention`` under ``torch.compile``: one custom op for forward and one for backward.
+
+The op takes flat tensors, ints and a string, and does at run time what eager does: validate, choose, run. So every
+backend works under ``fullgraph=True``, and a new length compiles nothing. Tensors enter as (B, S, H, D) or (T, H, D).
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn import _core, _select
+from anyattn._call import Rows, Saved
+from anyattn._core import Inputs, Prepared
+from anyattn._errors import PackingError, Unsupported
+from anyattn._packing import Packing, build_table, host_of_table, rows_of_table
+from anyattn._request import Meta, Request, Tensors, is_block_mask
+
+_SWAP = {"sbhd": (0, 1), "bhsd": (1, 2)}
+
+
+# --- what Dynamo traces --------------------------------------------------------------------------------------------
+
+
+def attention(
+    t: Tensors, causal: Any, window: Any, scale: Any, softcap: Any, dropout: Any, layout: str | None, backend: Any,
+    deterministic: bool | None, return_lse: bool,
+) -> Any:  # fmt: skip
+    """``attention`` in terms of traceable torch and the custom op."""
+    q, k, v = t.q, t.k, t.v
+    if is_block_mask(t.mask):
+        raise Unsupported("a BlockMask cannot enter a compiled region yet: call attention outside of torch.compile")
+    for p in (t.packing, t.packing_kv):
+        if p is not None and p._holes is not None:
+            raise PackingError("a packing from a mask with holes cannot enter a compiled region: use mask=, or pack first")
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        q, k, v = (x.to(low) if x.dtype == torch.float32 else x for x in (q, k, v))
+    swap = _SWAP.get(layout or "")
+    if swap is not None:
+        q, k, v = q.transpose(*swap), k.transpose(*swap), v.transpose(*swap)
+    grad = torch.is_grad_enabled()
+    preference = _select.traced_preference
+    relation = "any"
+    if t.packing is not None:
+        relation = "equal" if t.packing_kv is None else t.packing.relation(t.packing_kv)
+    static = repr((
+        causal, None if window is None else tuple(window), scale, softcap, dropout, "thd" if q.ndim == 3 else "bshd",
+        backend if isinstance(backend, str) else tuple(backend), preference, deterministic,
+        torch.are_deterministic_algorithms_enabled(), return_lse, relation,
+        grad and (q.requires_grad or k.requires_grad or v.requires_grad),
+        grad and t.sink is not None and t.sink.requires_grad, grad and t.bias is not None and t.bias.requires_grad,
+    ))  # fmt: skip
+    table_q, sizes_q = _flat(t.packing)
+    table_k, sizes_k = (table_q, sizes_q) if t.packing_kv is None else _flat(t.packing_kv)
+    out, lse, _ = torch.ops.anyattn.attention(
+        q, k, v, t.sink, t.alibi_slopes, t.bias, t.mask, table_q, table_k, sizes_q, sizes_k, static
+    )
+    if swap is not None:
+        out = out.transpose(*swap)
+    return (out, lse.float()) if return_lse else out
+
+
+def _flat(packing: Packing | None) -> tuple[Tensor | None, list[int]]:
+    """A packing as a tensor and ints: sequences, max_seqlen, rows or -1, gaps, sanitize, size of its entries."""
+    if packing is None:
+        return None, []
+    facts = packing._facts
+    rows = -1 if facts.rows is None else facts.rows
+    numbers = [facts.sequences, facts.max_seqlen, rows, int(facts.gaps), int(packing.sanitize), packing._entry_rows]
+    return packing._table, numbers
+
+
+# --- what runs -----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _parse(static: str) -> tuple[Any, ...]:
+    parsed: tuple[Any, ...] = ast.literal_eval(static)
+    return parsed
+
+
+def _meta(x: Tensor | None, grad: bool) -> Any:
+    return None if x is None else Meta(x.shape, x.dtype, x.device, x.__class__, grad)
+
+
+def _packing_key(q: Tensor, table: Tensor | None, sizes: list[int]) -> tuple[Any, ...] | None:
+    """What ``Packing._key`` holds, for the rows that the tensor has."""
+    if table is None:
+        return None
+    sequences, longest, rows, gaps, sanitize, entry_rows = sizes
+    if q.ndim == 4:
+        if sequences != q.shape[0] or longest > q.shape[1]:
+            raise PackingError(
+                f"with 4-D tensors sequence i lies in batch entry i: the packing has {sequences} sequences of up to "
+                f"{longest}, the batch {q.shape[0]} entries of {q.shape[1]}"
+            )
+        in_place = rows == q.shape[0] * q.shape[1] and entry_rows == q.shape[1]
+        rows, gaps = q.shape[0] * q.shape[1], gaps if in_place else True
+    return sequences, longest, None if rows < 0 else rows, bool(gaps), None, bool(sanitize), table.device
+
+
+def _request(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    table_q: Tensor | None, table_k: Tensor | None, sizes_q: list[int], sizes_k: list[int], static: str,
+) -> Request:  # fmt: skip
+    (causal, window, scale, softcap, dropout, layout, backend, preference, deterministic, torch_deterministic, return_lse,
+     relation, grad, sink_grad, bias_grad) = _parse(static)  # fmt: skip
+    return Request(
+        _meta(q, grad), _meta(k, grad), _meta(v, grad), causal, window, scale, softcap, _meta(sink, sink_grad),
+        _meta(alibi, False), _meta(bias, bias_grad), _meta(mask, False), dropout, layout,
+        _packing_key(q, table_q, sizes_q), _packing_key(k, table_k, sizes_k), relation, backend,
+        preference or _select.default_preference(), deterministic, torch_deterministic, return_lse, None,
+    )  # fmt: skip
+
+
+def _rows(x: Tensor, table: Tensor | None, sizes: list[int], gaps: bool) -> Rows | None:
+    if table is None:
+        return None
+    sequences, longest, rows, _, _, entry_rows = sizes
+    if x.ndim == 4 and not (rows == x.shape[0] * x.shape[1] and entry_rows == x.shape[1]):
+        lengths = rows_of_table(table, sequences, longest, True, None).lengths
+        cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
+        starts = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
+        table = build_table(cu, starts, x.shape[0] * x.shape[1])
+    return rows_of_table(table, sequences, longest, gaps, host_of_table(table, sequences))
+
+
+_prepared: dict[Request, Prepared] = {}
+
+
+def _prepare(request: Request) -> Prepared:
+    prepared = _prepared.get(request)
+    if prepared is None:
+        if len(_prepared) >= 4096:
+            _prepared.clear()
+        prepared = _prepared[request] = _core.prepare(request)
+    return prepared
+
+
+def _inputs(
+    request: Request, q: Tensor, k: Tensor, alibi: Tensor | None, mask: Tensor | None, table_q: Tensor | None,
+    table_k: Tensor | None, sizes_q: list[int], sizes_k: list[int],
+) -> Inputs:  # fmt: skip
+    if request.packing is None or request.packing_kv is None:
+        return Inputs(None, None, alibi, _four_dims(mask), None)
+    rows_q = _rows(q, table_q, sizes_q, request.packing[3])
+    same = table_k is table_q and q.shape[:2] == k.shape[:2]
+    rows_k = rows_q if same else _rows(k, table_k, sizes_k, request.packing_kv[3])
+    return Inputs(rows_q, rows_k, alibi, _four_dims(mask), None)
+
+
+def _four_dims(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
+
+
+@torch.library.custom_op("anyattn::attention", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    table_q: Tensor | None, table_k: Tensor | None, sizes_q: list[int], sizes_k: list[int], static: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, static)
+    p = _prepare(request)
+    x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k)
+    enter, layout = p.layout.enter, p.layout
+    call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
+    out, lse, rng = _core.forward(p, call, sink)
+    if lse is None:
+        lse = out.new_empty(_lse_shape(q), dtype=p.lse_dtype)
+    else:
+        lse = layout.leave_lse(lse).contiguous()
+    if rng is None:
+        rng = out.new_empty(2, dtype=torch.int64)
+    return layout.leave(out).contiguous(), lse, rng
+
+
+def _lse_shape(q: Tensor) -> tuple[int, ...]:
+    return (q.shape[1], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1])
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    table_q: Tensor | None, table_k: Tensor | None, sizes_q: list[int], sizes_k: list[int], static: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(_lse_shape(q), dtype=dtype), q.new_empty(2, dtype=torch.int64)
+
+
+@torch.library.custom_op("anyattn::attention_backward", mutates_args=())
+def _backward_op(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
+    bias: Tensor | None, mask: Tensor | None, table_q: Tensor | None, table_k: Tensor | None, sizes_q: list[int],
+    sizes_k: list[int], static: str, out: Tensor, lse: Tensor, rng: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, static)
+    p = _prepare(request)
+    x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k)
+    enter, leave = p.layout.enter, p.layout.leave
+    call = _core.make_call(p, enter(q), enter(k), enter(v), None, _four_dims(bias), x)
+    saved = Saved(enter(out), p.layout.enter_lse(lse), rng)
+    dout = enter(dout)
+    dlse = None if dlse is None else p.layout.enter_lse(dlse)
+    dq, dk, dv, dbias = _core.backward(p, call, saved, dout, dlse)
+    none = q.new_empty(0)
+    dsink = none
+    if sink is not None and request.sink is not None and request.sink.requires_grad:
+        dsink = _core.sink_gradient(sink, saved, dout, dlse)
+    shaped = none.clone() if dbias is None or bias is None else dbias.reshape(bias.shape)
+    dq, dk, dv = (leave(g).contiguous() for g in (dq, dk, dv))
+    return dq, dk, dv, dsink, shaped.contiguous()
+
+
+@_backward_op.register_fake
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
+    bias: Tensor | None, mask: Tensor | None, table_q: Tensor | None, table_k: Tensor | None, sizes_q: list[int],
+    sizes_k: list[int], static: str, out: Tensor, lse: Tensor, rng: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    *_, sink_grad, bias_grad = _parse(static)
+    dsink = sink.new_empty(sink.shape) if sink is not None and sink_grad else q.new_empty(0)
+    dbias = bias.new_empty(bias.shape) if bias is not None and bias_grad else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsink, dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, static = inputs
+    ctx.save_for_backward(q, k, v, sink, alibi, bias, mask, table_q, table_k, *output)
+    ctx.sizes_q, ctx.sizes_k, ctx.static = sizes_q, sizes_k, static
+
+
+def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, drng: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, sink, alibi, bias, mask, table_q, table_k, out, lse, rng = ctx.saved_tensors
+    static = _parse(ctx.static)
+    return_lse, sink_grad, bias_grad = static[10], static[13], static[14]
+    dq, dk, dv, dsink, dbias = torch.ops.anyattn.attention_backward(
+        dout, dlse if return_lse else None, q, k, v, sink, alibi, bias, mask, table_q, table_k, ctx.sizes_q, ctx.sizes_k,
+        ctx.static, out, lse, rng,
+    )  # fmt: skip
+    return dq, dk, dv, dsink if sink_grad else None, None, dbias if bias_grad else None, *(None,) * 6
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

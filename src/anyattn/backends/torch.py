@@ -1,0 +1,425 @@
+"""torch's scaled-dot-product kernels through their raw ops: cuDNN, flash and efficient on CUDA, and the CPU kernel.
+
+The raw ops give lse, and a backward from a given lse, which ``F.scaled_dot_product_attention`` does not. Conventions,
+measured on an H200 with torch 2.11 (cuDNN 9.19) and on CPU with 2.13:
+
+- cudnn: causal is top-left; lse has one more dim; never deterministic.
+- flash: see ``_aten_flash``.
+- efficient: lse is padded to a multiple of 32; bottom-right causal is wrong for rows without keys, and its window is
+  wrong in backward unless lengths are equal; a bias row must be padded in memory to a multiple of 8.
+- cpu: causal is top-left; lse is 0 for a row that sees no key, and -inf there gives NaN in backward; dies on empty
+  input. A packed batch runs a sequence at a time, so no (total x total) mask exists.
+
+Legend: B batch, S query rows, K key rows, H heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anyattn._call import Call, Gradients, Result, Rows, Saved, Spec
+from anyattn._capability import ALWAYS, Capability, HeadDims, Reason, Row
+from anyattn._environment import Probe, torch_version
+from anyattn._padding import pad_dims
+from anyattn._problem import Problem
+from anyattn.backends import _aten_flash
+
+NAME = "torch"
+TITLE = "torch's scaled-dot-product kernels"
+INSTALL = "pip install torch"
+NEWEST = "2.13.0"
+INF = float("inf")
+
+_HALF = ("float16", "bfloat16")
+_EFFICIENT_WINDOW = Reason(
+    "sliding windows", "causal, with key lengths known equal to query lengths", "another window", "choose another backend"
+)
+_EFFICIENT_EMPTY = Reason(
+    "bottom-right causal", "no query sequence longer than its keys", "lengths that may be",
+    "choose another backend", link="rows without keys come out wrong: benchmarks/results",
+)  # fmt: skip
+_BIAS_DTYPE = Reason("bias's dtype", "that of q", "another", "cast bias, or choose another backend")
+
+
+def _window_unfit(p: Problem) -> bool:
+    return (p.left or p.right) and not (p.causal and p.relation == "equal")
+
+
+def _rows_without_keys(p: Problem) -> bool:
+    return p.causal and p.relation == "any" and not p.top_left
+
+
+def _bias_differs(p: Problem) -> bool:
+    return p.bias is not None and p.bias != p.dtype
+
+
+CAPABILITIES = (
+    Capability(
+        kernel="cudnn",
+        families=(9, 10, 11, 12),
+        dtypes=_HALF,
+        head_dims=HeadDims(maximum=256, multiple_of=8),
+        features={"dense": ALWAYS, "causal": ALWAYS, "top_left": ALWAYS, "gqa": ALWAYS, "unequal_head_dims": ALWAYS},
+    ),
+    Capability(
+        kernel="flash",
+        families=(8, 9, 10, 11, 12),
+        dtypes=_HALF,
+        head_dims=HeadDims(maximum=256, multiple_of=8),
+        features={
+            name: ALWAYS for name in ("dense", "causal", "window", "bottom_right", "gqa", "deterministic")
+        },
+        reads_torch_flag=True,
+    ),
+    Capability(
+        kernel="efficient",
+        families=(7, 8, 9, 10, 11, 12),
+        dtypes=("float16", "bfloat16", "float32"),
+        head_dims=HeadDims(maximum=1024, multiple_of=8),
+        features={
+            name: ALWAYS
+            for name in (
+                "dense", "causal", "window", "bottom_right", "top_left", "unequal_head_dims", "bias", "bias_grad",
+                "mask", "deterministic",
+            )
+        },
+        reads_torch_flag=True,
+        rows=(
+            Row(_window_unfit, _EFFICIENT_WINDOW),
+            Row(_rows_without_keys, _EFFICIENT_EMPTY),
+            Row(_bias_differs, _BIAS_DTYPE),
+        ),
+    ),  # fmt: skip
+    Capability(
+        kernel="cpu",
+        families=(0,),
+        dtypes=("float16", "bfloat16", "float32", "float64"),
+        head_dims=HeadDims(maximum=1 << 20),
+        features={
+            name: ALWAYS
+            for name in (
+                "dense", "packed", "gaps", "causal", "window", "bottom_right", "top_left", "gqa", "unequal_head_dims",
+                "alibi", "alibi_per_sequence", "bias", "mask", "deterministic",
+            )
+        },
+    ),  # fmt: skip
+)
+
+
+def probe() -> Probe:
+    """torch itself."""
+    return Probe(torch_version())
+
+
+def load() -> None:
+    """Nothing to import: the ops are torch's."""
+
+
+def forward(call: Call) -> Result:
+    """See ``Backend.forward``."""
+    return _FORWARD[call.kernel](call)
+
+
+def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:
+    """See ``Backend.backward``."""
+    return _BACKWARD[call.kernel](call, saved, dout)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+# --- cudnn ---------------------------------------------------------------------------------------------------------
+
+
+def _cudnn_forward(call: Call) -> Result:
+    spec = call.spec
+    q, k, v = (_heads_first(x) for x in (call.q, call.k, call.v))
+    out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+        q, k, v, None, spec.need_lse, 0.0, spec.right == 0, False, scale=spec.scale
+    )
+    rng = torch.stack([seed, offset]) if spec.need_lse else None
+    return Result(_heads_first(out), lse.squeeze(-1) if spec.need_lse else None, rng)
+
+
+def _cudnn_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
+    assert saved.rng is not None
+    tensors = [_heads_first(x) for x in (dout, call.q, call.k, call.v, saved.out)]
+    seed, offset = saved.rng.unbind()
+    got = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
+        *tensors, saved.lse.unsqueeze(-1), seed, offset, None, None, None, call.q.shape[1], call.k.shape[1], 0.0,
+        call.spec.right == 0, scale=call.spec.scale,
+    )  # fmt: skip
+    dq, dk, dv = (_heads_first(x) for x in got)
+    return Gradients(dq, dk, dv)
+
+
+# --- flash ---------------------------------------------------------------------------------------------------------
+
+
+def _flash_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
+    return _aten_flash.backward(call, saved, dout)
+
+
+# --- efficient -----------------------------------------------------------------------------------------------------
+
+
+class _EfficientTerms(NamedTuple):
+    """What its op takes in place of causal, window, bias and mask."""
+
+    custom_mask_type: int
+    window_size: int | None
+    bias: Tensor | None
+    dead: Tensor | None
+    """(B or 1, H or 1, S): rows that see no key."""
+
+
+def _efficient_terms(call: Call) -> _EfficientTerms:
+    spec = call.spec
+    equal = call.q.shape[1] == call.k.shape[1]
+    kind = 0 if spec.right != 0 else (1 if spec.top_left or equal else 2)
+    window = None if spec.left is None else spec.left + 1
+    if call.bias is None and call.mask is None:
+        return _EfficientTerms(kind, window, None, None)
+    full = (call.q.shape[0], call.q.shape[2], call.q.shape[1], call.k.shape[1])
+    shape = torch.broadcast_shapes(*(x.shape for x in (call.bias, call.mask) if x is not None))
+    rows = (*shape[:2], full[2], -(-full[3] // 8) * 8)
+    bias = torch.zeros(rows, dtype=call.q.dtype, device=call.q.device)[..., : full[3]]
+    if call.bias is not None:
+        bias += call.bias
+    if call.mask is not None:
+        bias.masked_fill_(~call.mask, -INF)
+    visible = bias != -INF
+    if spec.right == 0:
+        visible = visible & _position_mask(spec, full[2], full[3], call.q.device)
+    return _EfficientTerms(kind, window, bias.expand(full), ~visible.any(-1))
+
+
+def _efficient_forward(call: Call) -> Result:
+    terms = _efficient_terms(call)
+    rows = call.q.shape[1]
+    out, lse, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward.default(
+        *(_aten_flash._rowwise(x) for x in (call.q, call.k, call.v)), terms.bias, None, None, rows, call.k.shape[1],
+        0.0, terms.custom_mask_type, call.spec.need_lse, scale=call.spec.scale, window_size=terms.window_size,
+    )  # fmt: skip
+    if not call.spec.need_lse:
+        lse = None
+    else:
+        lse = lse[..., :rows]
+        lse = lse.contiguous() if terms.dead is None else lse.masked_fill(terms.dead, -INF)
+    if terms.dead is not None:
+        out = out.masked_fill(terms.dead.transpose(1, 2).unsqueeze(-1), 0.0)
+    return Result(out, lse, torch.stack([seed, offset]) if call.spec.need_lse else None)
+
+
+def _efficient_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
+    assert saved.rng is not None
+    terms = _efficient_terms(call)
+    rows = call.q.shape[1]
+    lse = saved.lse.masked_fill(saved.lse == -INF, INF)
+    lse = torch.nn.functional.pad(lse, (0, -rows % 32), value=INF)
+    seed, offset = saved.rng.unbind()
+    want_bias = call.bias is not None
+    dq, dk, dv, dbias = torch.ops.aten._efficient_attention_backward.default(
+        _aten_flash._rowwise(dout), *(_aten_flash._rowwise(x) for x in (call.q, call.k, call.v)), terms.bias, saved.out,
+        None, None, rows, call.k.shape[1], lse, 0.0, seed, offset, terms.custom_mask_type, want_bias,
+        scale=call.spec.scale, window_size=terms.window_size,
+    )  # fmt: skip
+    summed = None
+    if call.bias is not None:
+        summed = dbias[..., : call.k.shape[1]].float().sum_to_size(call.bias.shape).to(call.bias.dtype)
+    return Gradients(dq, dk, dv, summed)
+
+
+# --- cpu -----------------------------------------------------------------------------------------------------------
+
+
+class _Piece(NamedTuple):
+    """A dense problem cut out of the batch: slices of q's and k's rows, and which entry it is."""
+
+    entry: int
+    start_q: int
+    len_q: int
+    start_k: int
+    len_k: int
+
+
+class _Additive(NamedTuple):
+    """What the CPU op takes in place of masks, bias and ALiBi."""
+
+    values: Tensor
+    dead: Tensor
+    """Rows that see no key; broadcasts to (B, H, S)."""
+
+
+def _position_mask(spec: Spec, rows: int, keys: int, device: torch.device) -> Tensor:
+    """(S, K): what causal and window let through."""
+    distance = _distance(spec, rows, keys, device)
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if spec.left is not None:
+        visible &= distance >= -spec.left
+    if spec.right is not None:
+        visible &= distance <= spec.right
+    return visible
+
+
+def _distance(spec: Spec, rows: int, keys: int, device: torch.device) -> Tensor:
+    """(S, K): key position - query position."""
+    shift = 0 if spec.top_left else keys - rows
+    return torch.arange(keys, device=device)[None] - torch.arange(rows, device=device)[:, None] - shift
+
+
+def _additive(call: Call, piece: _Piece) -> _Additive | None:
+    """Everything but plain or causal attention, as values added to the scores; None where the op's own causal does."""
+    spec, rows, keys = call.spec, piece.len_q, piece.len_k
+    plain = call.alibi is None and call.bias is None and call.mask is None and spec.left is None
+    if plain and (spec.right is None or (spec.right == 0 and (spec.top_left or rows == keys))):
+        return None
+    dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    values = torch.zeros(1, 1, rows, keys, dtype=dtype)
+    if call.alibi is not None:
+        slopes = call.alibi if call.alibi.ndim == 1 else call.alibi[_entries(call, piece)]
+        slopes = slopes.reshape(-1, call.q.shape[-2], 1, 1).to(dtype)
+        values = values - slopes * _distance(spec, rows, keys, call.q.device).abs()
+    if call.bias is not None:
+        values = values + _cut(call, piece, call.bias).to(dtype)
+    if spec.left is not None or spec.right is not None:
+        values = values.masked_fill(~_position_mask(spec, rows, keys, call.q.device), -INF)
+    if call.mask is not None:
+        values = values.masked_fill(~_cut(call, piece, call.mask), -INF)
+    return _Additive(values, (values == -INF).all(-1))
+
+
+def _entries(call: Call, piece: _Piece) -> slice:
+    return slice(None) if call.rows_q is None else slice(piece.entry, piece.entry + 1)
+
+
+def _cut(call: Call, piece: _Piece, x: Tensor) -> Tensor:
+    """The part of a (batch, heads, seq_q, seq_k) tensor that belongs to a piece; dims of size 1 are broadcast."""
+    if call.rows_q is None:
+        return x
+    if x.shape[0] > 1:
+        x = x[piece.entry : piece.entry + 1]
+    for dim, start, length in ((2, piece.start_q, piece.len_q), (3, piece.start_k, piece.len_k)):
+        if x.shape[dim] > 1:
+            x = x.narrow(dim, start % x.shape[dim], length)
+    return x
+
+
+def _pieces(call: Call) -> Iterator[_Piece]:
+    """One piece for a dense batch, one per sequence of a packed one; those without rows or keys are left out."""
+    if call.rows_q is None or call.rows_k is None:
+        yield _Piece(0, 0, call.q.shape[1], 0, call.k.shape[1])
+        return
+    for i, ((start_q, len_q), (start_k, len_k)) in enumerate(zip(_host(call.rows_q), _host(call.rows_k), strict=True)):
+        if len_q and len_k:
+            yield _Piece(i, start_q, len_q, start_k, len_k)
+
+
+def _host(rows: Rows) -> tuple[tuple[int, int], ...]:
+    assert rows.host is not None  # the offsets of a CPU batch lie on the CPU
+    return rows.host
+
+
+def _rows_first(call: Call, x: Tensor, start: int, length: int) -> Tensor:
+    """A piece's rows as (B, H, S, D)."""
+    if call.rows_q is None:
+        return x.transpose(1, 2)
+    return x[start : start + length].transpose(0, 1).unsqueeze(0)
+
+
+def _widened(call: Call) -> Call:
+    """The op wants one head dim: the smaller of q's and v's is padded with zeros, which changes no score and no value."""
+    width = max(call.q.shape[-1], call.v.shape[-1])
+    if call.q.shape[-1] == call.v.shape[-1]:
+        return call
+    return replace(call, q=pad_dims(call.q, width), k=pad_dims(call.k, width), v=pad_dims(call.v, width))
+
+
+def _cpu_forward_piece(call: Call, piece: _Piece) -> tuple[Tensor, Tensor]:
+    """(out, lse) as (B, H, S, D) and (B, H, S), canonical."""
+    q = _rows_first(call, call.q, piece.start_q, piece.len_q)
+    k, v = (_rows_first(call, x, piece.start_k, piece.len_k) for x in (call.k, call.v))
+    added = _additive(call, piece)
+    if added is None:
+        got: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+            q, k, v, 0.0, call.spec.right == 0, scale=call.spec.scale
+        )
+        return got[0], got[1]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+        q, k, v, 0.0, False, attn_mask=added.values, scale=call.spec.scale
+    )
+    return out.masked_fill(added.dead.unsqueeze(-1), 0.0), lse.masked_fill(added.dead, -INF)
+
+
+def _cpu_forward(call: Call) -> Result:
+    dim_v = call.v.shape[-1]
+    wide = _widened(call)
+    if call.rows_q is None:
+        out, lse = _cpu_forward_piece(wide, next(_pieces(call)))
+        return Result(out.transpose(1, 2)[..., :dim_v], lse)
+    rows, heads, _ = call.q.shape
+    packed = call.q.new_zeros(rows, heads, dim_v)
+    lses = torch.full((heads, rows), -INF, dtype=torch.float64 if call.q.dtype == torch.float64 else torch.float32)
+    for piece in _pieces(call):
+        out, lse = _cpu_forward_piece(wide, piece)
+        place = slice(piece.start_q, piece.start_q + piece.len_q)
+        packed[place] = out[0].transpose(0, 1)[..., :dim_v]
+        lses[:, place] = lse[0]
+    return Result(packed, lses)
+
+
+def _cpu_backward_piece(call: Call, piece: _Piece, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) as (B, H, S, D)."""
+    q, out, do = (_rows_first(call, x, piece.start_q, piece.len_q) for x in (call.q, saved.out, dout))
+    k, v = (_rows_first(call, x, piece.start_k, piece.len_k) for x in (call.k, call.v))
+    lse = saved.lse
+    if call.rows_q is not None:
+        lse = lse[None, :, piece.start_q : piece.start_q + piece.len_q]
+    added = _additive(call, piece)
+    values = None
+    if added is not None:
+        values, lse = added.values, lse.masked_fill(lse == -INF, 0.0)
+    causal = added is None and call.spec.right == 0
+    got: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+        do, q, k, v, out, lse, 0.0, causal, attn_mask=values, scale=call.spec.scale
+    )
+    return got[0], got[1], got[2]
+
+
+def _cpu_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
+    dims = (call.q.shape[-1], call.q.shape[-1], call.v.shape[-1])
+    wide = _widened(call)
+    width = wide.q.shape[-1]
+    saved, dout = saved._replace(out=pad_dims(saved.out, width)), pad_dims(dout, width)
+    if call.rows_q is None:
+        got = _cpu_backward_piece(wide, next(_pieces(call)), saved, dout)
+        dq, dk, dv = (x.transpose(1, 2)[..., :dim] for x, dim in zip(got, dims, strict=True))
+        return Gradients(dq, dk, dv)
+    grads = [torch.zeros_like(x) for x in (call.q, call.k, call.v)]
+    for piece in _pieces(call):
+        places = [(piece.start_q, piece.len_q), (piece.start_k, piece.len_k), (piece.start_k, piece.len_k)]
+        for grad, x, (start, length), dim in zip(
+            grads, _cpu_backward_piece(wide, piece, saved, dout), places, dims, strict=True
+        ):
+            grad[start : start + length] = x[0].transpose(0, 1)[..., :dim]
+    return Gradients(grads[0], grads[1], grads[2])
+
+
+_FORWARD = {
+    "cudnn": _cudnn_forward,
+    "flash": _aten_flash.forward,
+    "efficient": _efficient_forward,
+    "cpu": _cpu_forward,
+}
+_BACKWARD = {
+    "cudnn": _cudnn_backward,
+    "flash": _flash_backward,
+    "efficient": _efficient_backward,
+    "cpu": _cpu_backward,
+}
