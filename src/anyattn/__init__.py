@@ -18,6 +18,26 @@ from anyattn._errors import (
 from anyattn._packing import Packing
 from anyattn._select import Explanation, use
 
+__all__ = [
+    "AnyattnError",
+    "BackendStatus",
+    "DeviceError",
+    "DtypeError",
+    "Explanation",
+    "InvalidArgument",
+    "MissingExtra",
+    "NoBackend",
+    "Packing",
+    "PackingError",
+    "Reason",
+    "ShapeError",
+    "UnknownBackend",
+    "Unsupported",
+    "attention",
+    "backends",
+    "explain",
+    "use",
+]
 __version__ = "0.1.0"
 
 _log.configure()

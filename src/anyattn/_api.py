@@ -31,22 +31,25 @@ if TYPE_CHECKING:
 
 Causal = bool | Literal["top_left"] | None
 _CACHE_SIZE = 4096
-_prepared: dict[Request, Prepared] = {}
+_prepared: dict[Any, Prepared] = {}
+_NO_INPUTS = Inputs(None, None, None, None, None)
 
 
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: Causal = ..., window: tuple[int | None, int | None] | None = ...,
-    scale: float | None = ..., softcap: float | None = ..., sink: Tensor | None = ..., alibi_slopes: Tensor | None = ...,
-    bias: Tensor | None = ..., mask: Tensor | BlockMask | None = ..., dropout: float = ..., layout: str | None = ...,
+    scale: float | None = ..., softcap: float | None = ..., sink: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., bias: Tensor | None = ..., mask: Tensor | BlockMask | None = ...,
+    dropout: float = ..., layout: str | None = ...,
     packing: Packing | None = ..., packing_kv: Packing | None = ..., backend: str | Sequence[str] = ...,
     deterministic: bool | None = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: Causal = ..., window: tuple[int | None, int | None] | None = ...,
-    scale: float | None = ..., softcap: float | None = ..., sink: Tensor | None = ..., alibi_slopes: Tensor | None = ...,
-    bias: Tensor | None = ..., mask: Tensor | BlockMask | None = ..., dropout: float = ..., layout: str | None = ...,
+    scale: float | None = ..., softcap: float | None = ..., sink: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., bias: Tensor | None = ..., mask: Tensor | BlockMask | None = ...,
+    dropout: float = ..., layout: str | None = ...,
     packing: Packing | None = ..., packing_kv: Packing | None = ..., backend: str | Sequence[str] = ...,
     deterministic: bool | None = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -88,7 +91,8 @@ def attention(
         scale: multiplies q . k; default head_dim ** -0.5.
         softcap: s -> softcap * tanh(s / softcap). None or 0.0 is none.
         sink: (num_heads,), any float dtype: a logit that joins every row's softmax and has no value. Gets a gradient.
-        alibi_slopes: (num_heads,) or (sequences, num_heads): adds -slope * |key position - query position|. No gradient.
+        alibi_slopes: (num_heads,) or (sequences, num_heads): adds -slope * |key position - query position|. Gets no
+            gradient.
         bias: added to the scores, broadcastable to (batch, num_heads, seq_q, seq_k). Gets a gradient. Not with "thd".
         mask: bool, True = attend, broadcastable to (batch, num_heads, seq_q, seq_k), or a torch BlockMask (over packed
             rows with "thd").
@@ -121,18 +125,71 @@ def attention(
         >>> anyattn.attention(q, k, v, causal=True, packing=packing).shape
         torch.Size([12, 2, 16])
     """
-    tensors = Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv)
     if torch.compiler.is_compiling():
-        return _traced.attention(
-            tensors, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse
-        )
+        return _traced.attention(  # type: ignore[no-any-return]
+            Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv),
+            causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse,
+        )  # fmt: skip
     refuse_transforms()
-    if packing is not None and packing._holes is not None:
-        return _through_packing(tensors, locals())
-    request = make_request(
-        tensors, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse
-    )
-    out, lse = execute(request, tensors)
+    key: Any = None
+    prepared: Prepared | None = None
+    try:
+        # All that preparation depends on. Building and finding it is what choosing costs from the second call on.
+        key = (
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+            q.__class__, k.__class__, v.__class__, q.requires_grad, k.requires_grad, v.requires_grad,
+            torch.is_grad_enabled(), causal, window, scale, softcap, dropout, layout, backend, deterministic,
+            return_lse,
+            torch.are_deterministic_algorithms_enabled(), _select.default_preference(), autocast_dtype(q.device.type),
+            None if sink is None else (sink.shape, sink.dtype, sink.device, sink.requires_grad),
+            None if alibi_slopes is None else describe(alibi_slopes, True),
+            None if bias is None else describe(bias, True),
+            None if mask is None else describe_optional(mask, True),
+            None if packing is None else (packing._key, None if packing_kv is None else _pair_key(packing, packing_kv)),
+        )  # fmt: skip
+        prepared = _prepared.get(key)
+    except (AttributeError, TypeError):  # not tensors, or something unhashable: validation names it
+        key = None
+    if (
+        prepared is None
+        or prepared.layout.flattened
+        or sink is not None
+        or alibi_slopes is not None
+        or mask is not None
+    ):
+        return _attention(  # type: ignore[no-any-return]
+            key, prepared, Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv),
+            causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse,
+        )  # fmt: skip
+    if packing is None:
+        inputs = _NO_INPUTS
+    else:
+        rows = packing._rows
+        inputs = Inputs(rows, rows if packing_kv is None else packing_kv._rows, None, None, None)
+    out, lse = _autograd.run(prepared, inputs, q, k, v, None, bias)
+    return (out, lse) if return_lse else out
+
+
+def _pair_key(packing: Packing, packing_kv: Packing) -> tuple[Any, ...]:
+    return (*packing_kv._key, packing.relation(packing_kv))
+
+
+def _attention(
+    key: Any, prepared: Prepared | None, t: Tensors, causal: Any, window: Any, scale: Any, softcap: Any, dropout: Any,
+    layout: Any, backend: Any, deterministic: Any, return_lse: bool,
+) -> Any:  # fmt: skip
+    """The rest of ``attention``: a first call of its kind, or one with more than q, k, v, bias and rows."""
+    if t.packing is not None and getattr(t.packing, "_holes", None) is not None:
+        options = (causal, window, scale, softcap, dropout, backend, deterministic, return_lse)
+        return _through_packing(t, layout, *options)
+    if prepared is None:
+        request = make_request(t, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
+        prepared = _core.prepare(request)
+        if key is not None:
+            if len(_prepared) >= _CACHE_SIZE:
+                _prepared.clear()
+            _prepared[key] = prepared
+    out, lse = _autograd.run(prepared, _inputs(prepared, t), t.q, t.k, t.v, t.sink, t.bias)
     return (out, lse) if return_lse else out
 
 
@@ -207,28 +264,17 @@ def entries_of(t: Tensors, layout: str | None) -> tuple[Packing | None, Packing 
     return packing.for_entries(t.q.shape[batch], t.q.shape[seq]), packing_kv
 
 
-def execute(request: Request, t: Tensors) -> tuple[Tensor, Tensor | None]:
-    """Run a described call on its tensors."""
-    try:
-        prepared = _prepared.get(request)
-    except TypeError:  # something unhashable was passed: validation names it
-        prepared = None
-    if prepared is None:
-        prepared = _core.prepare(request)
-        if len(_prepared) >= _CACHE_SIZE:
-            _prepared.clear()
-        _prepared[request] = prepared
-    rows_q = rows_k = None
+def _inputs(prepared: Prepared, t: Tensors) -> Inputs:
+    """What a call carries beside q, k, v, sink and bias."""
+    inputs = _NO_INPUTS
     if prepared.packed:
-        packing, packing_kv = entries_of(t, prepared.layout.name) if prepared.layout.flattened else (t.packing, t.packing_kv)
+        packing, packing_kv = (
+            entries_of(t, prepared.layout.name) if prepared.layout.flattened else (t.packing, t.packing_kv)
+        )
         assert packing is not None
-        rows_q = packing._rows
-        rows_k = rows_q if packing_kv is None else packing_kv._rows
-    inputs = Inputs(rows_q, rows_k, None, None, None)
-    if t.alibi_slopes is not None or t.mask is not None:
-        inputs = _more_inputs(inputs, t)
-    result: tuple[Tensor, Tensor | None] = _autograd.run(prepared, inputs, t.q, t.k, t.v, t.sink, t.bias)
-    return result
+        rows = packing._rows
+        inputs = Inputs(rows, rows if packing_kv is None else packing_kv._rows, None, None, None)
+    return inputs if t.alibi_slopes is None and t.mask is None else _more_inputs(inputs, t)
 
 
 def _more_inputs(inputs: Inputs, t: Tensors) -> Inputs:
@@ -239,30 +285,30 @@ def _more_inputs(inputs: Inputs, t: Tensors) -> Inputs:
     return inputs._replace(alibi=alibi, mask=t.mask.reshape((1,) * (4 - t.mask.ndim) + tuple(t.mask.shape)))
 
 
-def _through_packing(t: Tensors, arguments: dict[str, Any]) -> Any:
+def _through_packing(
+    t: Tensors, layout: str | None, causal: Any, window: Any, scale: Any, softcap: Any, dropout: Any, backend: Any,
+    deterministic: Any, return_lse: bool,
+) -> Any:  # fmt: skip
     """A mask with holes: gather the real tokens, run packed, scatter back."""
     packing = t.packing
     assert packing is not None
-    layout = arguments["layout"] or ("bshd" if t.q.ndim == 4 else "thd")
-    if t.packing_kv is not None or t.bias is not None or t.mask is not None or layout == "thd" or t.q.ndim != 4:
+    swap = {None: (0, 0), "bshd": (0, 0), "sbhd": (0, 1), "bhsd": (1, 2)}.get(layout)
+    if swap is None or t.packing_kv is not None or t.bias is not None or t.mask is not None or t.q.ndim != 4:
         raise PackingError(
             "a packing made from a mask with holes goes with 4-D self-attention without bias and mask: use mask= for "
             "such a mask, or pack the tensors yourself with Packing.pack"
         )
-    order = {"bshd": (0, 1), "sbhd": (1, 0), "bhsd": (0, 2)}.get(layout)
-    if order is None:
-        raise InvalidArgument(f"unknown layout {layout!r}; allowed: bshd, sbhd, bhsd, thd")
-    swap = {"bshd": (0, 0), "sbhd": (0, 1), "bhsd": (1, 2)}[layout]
-    compact = Packing(packing.cu_seqlens, max_seqlen=packing.max_seqlen, sanitize=packing.sanitize, check=False)
-    compact._assemble(packing._facts)
-    keep = ("causal", "window", "scale", "softcap", "sink", "alibi_slopes", "dropout", "backend", "deterministic", "return_lse")
     q, k, v = (packing.pack(x.transpose(*swap)) for x in (t.q, t.k, t.v))
-    got = attention(q, k, v, packing=compact, **{name: arguments[name] for name in keep})
-    if not arguments["return_lse"]:
-        return packing.unpack(got).transpose(*swap)
-    out, lse = got
-    padded = packing.unpack(lse.transpose(0, 1)).masked_fill(~packing.valid.unsqueeze(-1), float("-inf"))
-    return packing.unpack(out).transpose(*swap), padded.transpose(1, 2)
+    got: Any = attention(  # type: ignore[call-overload]
+        q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, sink=t.sink, alibi_slopes=t.alibi_slopes,
+        dropout=dropout, packing=packing.compact(), backend=backend, deterministic=deterministic, return_lse=return_lse,
+    )  # fmt: skip
+    out, lse = got if return_lse else (got, None)
+    out = packing.unpack(out).transpose(*swap)
+    if lse is None:
+        return out
+    rows = packing.unpack(lse.transpose(0, 1)).masked_fill(~packing.valid.unsqueeze(-1), float("-inf"))
+    return out, rows.transpose(1, 2)
 
 
 def explain(
@@ -291,15 +337,15 @@ def explain(
     """Which kernel ``attention`` would run for the same arguments, and why each other one would not.
 
     Args:
-        on: a target to ask about from any machine: "cpu", "sm80", "sm86", "sm89", "sm90", "sm100", "sm103" or "sm120".
-            It assumes the newest known version of each backend. Default: this machine as it is.
+        on: a target to ask about from any machine: "cpu", "sm80", "sm86", "sm89", "sm90", "sm100", "sm103" or
+            "sm120". It assumes the newest known version of each backend. Default: this machine as it is.
         assume: versions to assume instead, {"fa4": "4.0.0b20", "varlen": None}; None means not installed.
 
     The other arguments are ``attention``'s. Tensors may be on "meta": nothing is computed.
 
     Returns:
-        An :class:`Explanation`: ``.chosen``, ``.rejected`` {name: reasons}, ``.candidates``; ``str()`` is a table. It is
-        the very object that ``attention`` acts on.
+        An :class:`Explanation`: ``.chosen``, ``.rejected`` {name: reasons}, ``.candidates``; ``str()`` is a table. It
+        is the very object that ``attention`` acts on.
 
     Raises:
         InvalidArgument: as ``attention``; also an unknown ``on`` or a backend in ``assume`` that does not exist.
@@ -314,6 +360,9 @@ def explain(
     if on is not None and on not in _environment.TARGETS:
         raise InvalidArgument(f"unknown on={on!r}; allowed: {', '.join(_environment.TARGETS)}")
     tensors = Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv)
+    if packing is not None and getattr(packing, "_holes", None) is not None:  # attention() packs such a batch first
+        q, k, v = (x.flatten(0, 1)[: packing._facts.rows] for x in (q, k, v))
+        tensors, layout = tensors._replace(q=q, k=k, v=v, packing=packing.compact()), None
     request = make_request(tensors, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
     installed = None if on is None and assume is None else _select.assumed_world(assume, newest=on is not None)
     return _core.explain(request, installed, None if on is None else _environment.TARGETS[on])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from anyattn import _core
-from anyattn._call import Saved
+from anyattn._call import Call, Saved
 from anyattn._core import Inputs, Prepared
 
 
@@ -17,7 +17,7 @@ class Attention(torch.autograd.Function):
     """Forward and backward around one kernel, in the caller's layout."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         p: Prepared,
         x: Inputs,
@@ -40,7 +40,7 @@ class Attention(torch.autograd.Function):
         return p.layout.leave(out), returned
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, sink and bias, in the caller's layout."""
         p: Prepared = ctx.prepared
@@ -51,7 +51,7 @@ class Attention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else p.layout.enter(dout)
         dlse = None if dlse is None else p.layout.enter_lse(dlse)
         saved = Saved(out, lse, rng)
-        call = _core.Call(
+        call = Call(
             q, k, v, p.spec, p.kernel.name, x.rows_q, x.rows_k, None, x.alibi, _four_dims(bias), x.mask, x.block_mask
         )  # fmt: skip
         dq, dk, dv, dbias = _core.backward(p, call, saved, dout, dlse)
@@ -72,8 +72,10 @@ def run(p: Prepared, x: Inputs, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | 
     if p.cast is not None:
         q, k, v = (t.to(p.cast) if t.dtype == torch.float32 else t for t in (q, k, v))
     if p.needs_backward:
-        return Attention.apply(p, x, q, k, v, sink, bias)
-    enter, layout = p.layout.enter, p.layout
-    call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
-    out, lse, _ = _core.forward(p, call, sink)
-    return layout.leave(out), layout.leave_lse(lse).float() if p.return_lse and lse is not None else None
+        return Attention.apply(p, x, q, k, v, sink, bias)  # type: ignore[no-untyped-call]
+    layout = p.layout
+    if not layout.is_identity:
+        q, k, v = layout.enter(q), layout.enter(k), layout.enter(v)
+    out, lse, _ = _core.forward(p, _core.make_call(p, q, k, v, sink, _four_dims(bias), x), sink)
+    returned = layout.leave_lse(lse).float() if p.return_lse and lse is not None else None
+    return out if layout.is_identity else layout.leave(out), returned

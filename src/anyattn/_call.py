@@ -58,13 +58,17 @@ class Spec:
     dropout: float
     deterministic: bool
     need_lse: bool
+    equal_lengths: bool = False
+    """Every key sequence is known to be as long as its query sequence: alignments coincide."""
     sees_key: bool = False
     """Every real query row is known to see a key, so that no kernel's lse of an empty row can appear."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Call:
-    """One problem for a kernel: never empty, never on a device that the backend did not declare."""
+class Call(NamedTuple):
+    """One problem for a kernel: never empty, never on a device that the backend did not declare.
+
+    A NamedTuple because it is made at every call: a frozen dataclass costs four times as much.
+    """
 
     q: Tensor
     """(B, S, H, D) of any strides, or (T, H, D)."""

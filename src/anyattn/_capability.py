@@ -149,7 +149,7 @@ FEATURE_NAMES = {
 _FEATURE_REMEDIES = {
     "dense": 'use layout="thd" with a Packing',
     "gaps": "pack the batch without padding (Packing.pack)",
-    "top_left": 'use causal=True (bottom-right), or lengths that the host knows to be equal',
+    "top_left": "use causal=True (bottom-right), or lengths that the host knows to be equal",
     "lse_grad": "detach lse, or leave out return_lse",
     "deterministic": "leave out deterministic=True",
     "bias_grad": "detach bias",
@@ -164,7 +164,9 @@ def _families(families: tuple[int, ...]) -> str:
     return ", ".join(FAMILY_NAMES[f] for f in families) or "no GPU"
 
 
-def _feature_reason(capability: Capability, name: str, problem: Problem, version: str | None, way: Direction) -> Reason | None:
+def _feature_reason(
+    capability: Capability, name: str, problem: Problem, version: str | None, way: Direction
+) -> Reason | None:
     """Why this feature rules the kernel out in one direction, or None."""
     what = FEATURE_NAMES[name] + (" in backward" if way == "backward" else "")
     support = capability.features.get(name)
@@ -178,9 +180,16 @@ def _feature_reason(capability: Capability, name: str, problem: Problem, version
         families = support.backward_families or families
         since = support.backward_since or since
     if families is not None and family not in families:
-        return Reason(what, f"a GPU of {_families(families)}", arch_name(problem.arch), "use such a GPU or another backend")
+        return Reason(
+            what, f"a GPU of {_families(families)}", arch_name(problem.arch), "use such a GPU or another backend"
+        )
     if not _at_least(version, since):
-        return Reason(what, f"{capability.package} >= {since}", f"{version}", capability.upgrade or f"upgrade {capability.package}")
+        return Reason(
+            what,
+            f"{capability.package} >= {since}",
+            f"{version}",
+            capability.upgrade or f"upgrade {capability.package}",
+        )
     return None
 
 
@@ -191,7 +200,9 @@ def _static_reasons(capability: Capability, problem: Problem) -> list[Reason]:
         remedy = "move the tensors" if problem.arch == 0 or capability.families == (0,) else "choose another backend"
         found.append(Reason("device", _families(capability.families), arch_name(problem.arch), remedy))
     if problem.dtype not in capability.dtypes:
-        found.append(Reason("dtype", " or ".join(capability.dtypes), problem.dtype, "cast q, k and v, or use torch.autocast"))
+        found.append(
+            Reason("dtype", " or ".join(capability.dtypes), problem.dtype, "cast q, k and v, or use torch.autocast")
+        )
     dims = capability.head_dims
     for name, dim in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
         grown = dim
@@ -199,7 +210,9 @@ def _static_reasons(capability: Capability, problem: Problem) -> list[Reason]:
             grown = dim + dims.multiple_of
         if dim % dims.multiple_of:
             padded = -(-dim // dims.multiple_of) * dims.multiple_of
-            found.append(Reason(name, f"a multiple of {dims.multiple_of}", str(dim), f"pad q, k and v to {padded} with zeros"))
+            found.append(
+                Reason(name, f"a multiple of {dims.multiple_of}", str(dim), f"pad q, k and v to {padded} with zeros")
+            )
         if dim > dims.maximum:
             found.append(Reason(name, f"at most {dims.maximum}", str(dim), "choose another backend"))
         elif grown > dims.maximum:
@@ -214,15 +227,33 @@ def _backward_reasons(capability: Capability, problem: Problem, version: str | N
     families = capability.backward_families
     if families is not None and problem.arch // 10 not in families:
         got = arch_name(problem.arch)
-        found.append(Reason("backward", f"a GPU of {_families(families)}" if families else "a kernel with a backward", got,
-                            "call it under torch.no_grad(), or choose another backend"))
+        found.append(
+            Reason(
+                "backward",
+                f"a GPU of {_families(families)}" if families else "a kernel with a backward",
+                got,
+                "call it under torch.no_grad(), or choose another backend",
+            )
+        )
     if problem.deterministic and capability.reads_torch_flag and not problem.torch_deterministic:
-        found.append(Reason(FEATURE_NAMES["deterministic"], "torch.use_deterministic_algorithms(True), which it reads itself",
-                            "the flag off", "switch the flag on"))
+        found.append(
+            Reason(
+                FEATURE_NAMES["deterministic"],
+                "torch.use_deterministic_algorithms(True), which it reads itself",
+                "the flag off",
+                "switch the flag on",
+            )
+        )
     largest = capability.head_dims.maximum_backward
     if largest is not None and max(problem.head_dim, problem.head_dim_v) > largest:
-        found.append(Reason("head_dim in backward", f"at most {largest}", str(max(problem.head_dim, problem.head_dim_v)),
-                            "call it under torch.no_grad(), or choose another backend"))
+        found.append(
+            Reason(
+                "head_dim in backward",
+                f"at most {largest}",
+                str(max(problem.head_dim, problem.head_dim_v)),
+                "call it under torch.no_grad(), or choose another backend",
+            )
+        )
     return found
 
 
@@ -240,17 +271,28 @@ def evaluate(capability: Capability, problem: Problem, version: str | None) -> t
     """
     asked = [name for name in problem.features() if name not in ("sink", "lse_grad")]
     forward = _static_reasons(capability, problem)
-    forward += [r for n in asked if n not in ("bias_grad", "deterministic")
-                if (r := _feature_reason(capability, n, problem, version, "forward"))]
+    forward += [
+        r
+        for n in asked
+        if n not in ("bias_grad", "deterministic")
+        if (r := _feature_reason(capability, n, problem, version, "forward"))
+    ]
     forward += [row.reason for row in capability.rows if _row_applies(row, problem, version, "forward")]
     backward: list[Reason] = []
     if problem.needs_backward:
         told = {r.what for r in forward}
         backward = _backward_reasons(capability, problem, version)
-        backward += [r for n in asked if FEATURE_NAMES[n] not in told
-                     if (r := _feature_reason(capability, n, problem, version, "backward"))]
-        backward += [row.reason for row in capability.rows if row.direction == "backward"
-                     and _row_applies(row, problem, version, "backward")]
+        backward += [
+            r
+            for n in asked
+            if FEATURE_NAMES[n] not in told
+            if (r := _feature_reason(capability, n, problem, version, "backward"))
+        ]
+        backward += [
+            row.reason
+            for row in capability.rows
+            if row.direction == "backward" and _row_applies(row, problem, version, "backward")
+        ]
     if capability.kernel:
         forward = [replace(r, kernel=capability.kernel) for r in forward]
         backward = [replace(r, kernel=capability.kernel) for r in backward]

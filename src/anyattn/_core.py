@@ -34,6 +34,8 @@ class Layout:
     flattened: bool
     """4-D tensors with a packing: entries are flattened to rows."""
     batch: int
+    is_identity: bool
+    """The caller's layout is the kernel's."""
 
     def enter(self, x: Tensor) -> Tensor:
         """From the caller's layout."""
@@ -99,7 +101,7 @@ class Inputs(NamedTuple):
     block_mask: Any
 
 
-# --- preparation ---------------------------------------------------------------------------------------------------
+# --- preparation ---
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -148,7 +150,9 @@ def describe_problem(request: Request, sizes: Sizes, arch: int) -> Problem:
         top_left=top_left and relation != "equal",
         softcap=bool(request.softcap),
         sink=_dtype_name(request.sink.dtype) if request.sink is not None else None,
-        alibi=None if request.alibi_slopes is None else ("heads" if len(request.alibi_slopes.shape) == 1 else "sequences"),
+        alibi=None
+        if request.alibi_slopes is None
+        else ("heads" if len(request.alibi_slopes.shape) == 1 else "sequences"),
         bias=_dtype_name(request.bias.dtype) if request.bias is not None else None,
         mask=None if request.mask is None else ("tensor" if isinstance(request.mask, Meta) else "block"),
         dropout=request.dropout > 0,
@@ -170,8 +174,7 @@ def _compute_dtype(request: Request) -> torch.dtype:
 
 def _has_gaps(packing: tuple[Any, ...], sizes: Sizes, rows: int) -> bool:
     """Whether rows of the tensor may lie outside every sequence."""
-    total = rows * sizes.batch
-    return packing[3] or packing[2] != total
+    return bool(packing[3]) or packing[2] != rows * sizes.batch
 
 
 def explain(request: Request, installed: _select.World | None, arch: int | None) -> Explanation:
@@ -228,6 +231,7 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         dropout=float(request.dropout),
         deterministic=problem.deterministic,
         need_lse=problem.needs_backward or problem.return_lse or core_sink,
+        equal_lengths=problem.relation == "equal",
         sees_key=_sees_key(problem),
     )
     dims = (sizes.batch, sizes.seq_q, sizes.seq_k, sizes.num_heads, problem.seqlen_q, problem.seqlen_k)
@@ -237,7 +241,12 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         kernel=kernel,
         backend=backends.get(kernel.backend),
         spec=spec,
-        layout=Layout(sizes.layout, packed and sizes.layout != "thd", sizes.batch),
+        layout=Layout(
+            sizes.layout,
+            packed and sizes.layout != "thd",
+            sizes.batch,
+            sizes.layout == "thd" or (sizes.layout == "bshd" and not packed),
+        ),
         packed=packed,
         empty=0 in dims,
         fill_q=packed and _has_gaps(request.packing or (), sizes, sizes.seq_q),
@@ -248,14 +257,18 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         core_sink=core_sink,
         cast=request.autocast,
         lse_dtype=torch.float64 if problem.dtype == "float64" else torch.float32,
-        device=(torch.cuda.current_device() if device.index is None else device.index) if device.type == "cuda" else None,
+        device=(torch.cuda.current_device() if device.index is None else device.index)
+        if device.type == "cuda"
+        else None,
     )
 
 
-# --- forward -------------------------------------------------------------------------------------------------------
+# --- forward ---
 
 
-def make_call(p: Prepared, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor | None, x: Inputs) -> Call:
+def make_call(
+    p: Prepared, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor | None, x: Inputs
+) -> Call:
     """What the kernel gets: tensors in its layouts, sanitized if asked."""
     if p.sanitize and x.rows_q is not None and x.rows_k is not None:
         valid_k = valid_rows(x.rows_k, k.shape[0])
@@ -301,14 +314,14 @@ def _per_row(x: Tensor) -> Tensor:
 
 
 def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
-    """out and lse of a softmax that one more logit without a value joins. A row that sees no key gets the sink's lse."""
+    """Let one more logit without a value join a softmax. A row that sees no key gets the sink's lse."""
     logit = sink.detach().to(lse.dtype)[:, None]
     total = torch.logaddexp(lse, logit)
     share = torch.exp(lse - total).nan_to_num_(0.0)  # -inf - -inf: nothing seen and a sink of -inf
     return out.mul_(_per_row(share)), total  # computed in share's precision, rounded once
 
 
-# --- backward ------------------------------------------------------------------------------------------------------
+# --- backward ---
 
 
 def backward(p: Prepared, call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:

@@ -52,7 +52,7 @@ def _cuda_arch(index: int) -> int:
 
 @cache
 def torch_version() -> str:
-    """torch's version without its local part: "2.11.0"."""
+    """Torch's version without its local part: "2.11.0"."""
     return torch.__version__.split("+")[0]
 
 

@@ -102,7 +102,7 @@ def host_of_table(table: Tensor, n: int) -> Host | None:
 
 
 def valid_rows(rows: Rows, total_rows: int) -> Tensor:
-    """bool (total_rows,): which rows belong to a sequence. Computed on the device, without waiting for it."""
+    """Bool (total_rows,): which rows belong to a sequence. Computed on the device, without waiting for it."""
     marks = torch.zeros(total_rows + 1, dtype=torch.int32, device=rows.starts.device)
     begin = rows.starts[:-1].long()
     one = torch.ones_like(rows.lengths)
@@ -194,11 +194,12 @@ class Packing:
     def _set_rows(self) -> None:
         facts = self._facts
         #: What a call's cache key holds of this packing.
-        self._key = (facts.sequences, facts.max_seqlen, facts.rows, facts.gaps, self._shape, self.sanitize, self.device)
+        shape = self._shape or self._entry_rows
+        self._key = (facts.sequences, facts.max_seqlen, facts.rows, facts.gaps, shape, self.sanitize, self.device)
         host = host_of_table(self._table, facts.sequences)
         self._rows = rows_of_table(self._table, facts.sequences, facts.max_seqlen, facts.gaps, host)
 
-    # --- constructors ----------------------------------------------------------------------------------------------
+    # --- constructors ---
 
     @classmethod
     def from_lengths(
@@ -218,8 +219,10 @@ class Packing:
             lengths: real lengths, on the host (a tensor is copied there).
             pad_to_multiple_of: room of each sequence is rounded up to this.
             device: where the offsets live, as the tensors do.
-            max_sequences, max_rows, max_seqlen: fixed capacity. With any of them, :meth:`copy_` may refill this
-                packing with another batch that fits, also under a captured CUDA graph.
+            max_sequences: fixed capacity. With it, or one of the next two, :meth:`copy_` may refill this packing with
+                another batch that fits, also under a captured CUDA graph.
+            max_rows: fixed capacity of rows in memory.
+            max_seqlen: fixed capacity of the longest length.
             sanitize: see :class:`Packing`.
 
         Example::
@@ -327,7 +330,7 @@ class Packing:
         packing.sanitize = sanitize
         return packing.to(position_ids.device)
 
-    # --- what it says ----------------------------------------------------------------------------------------------
+    # --- what it says ---
 
     @property
     def device(self) -> torch.device:
@@ -364,7 +367,7 @@ class Packing:
 
     @property
     def valid(self) -> Tensor:
-        """bool (rows,), or (batch, seq) after :meth:`from_mask`: which rows hold a real token."""
+        """Bool (rows,), or (batch, seq) after :meth:`from_mask`: which rows hold a real token."""
         if self._holes is not None:
             valid = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
             valid[self._holes] = True
@@ -372,7 +375,7 @@ class Packing:
             valid = valid_rows(self._rows, self.rows)
         return valid.view(self._shape) if self._shape is not None else valid
 
-    # --- moving tokens ---------------------------------------------------------------------------------------------
+    # --- moving tokens ---
 
     def _memory_rows(self) -> Tensor:
         """int64 (total,): the memory row of each real token, in order."""
@@ -416,7 +419,18 @@ class Packing:
         memory = x.new_zeros(self.rows, *x.shape[1:]).index_copy(0, self._memory_rows(), x)
         return memory.unflatten(0, self._shape) if self._shape is not None else memory
 
-    # --- moving the packing ----------------------------------------------------------------------------------------
+    def compact(self) -> Packing:
+        """The packing of what :meth:`pack` returns: the same sequences without padding."""
+        packing = Packing.__new__(Packing)
+        packing.sanitize, packing.check = self.sanitize, self.check
+        packing.cu_seqlens = packing.cu_seqlens_padded = self.cu_seqlens
+        facts = self._facts
+        starts = None if facts.lengths is None else tuple(_cumulative(facts.lengths)[:-1])
+        rows = None if facts.lengths is None else sum(facts.lengths)
+        packing._assemble(Facts(facts.sequences, facts.max_seqlen, rows, False, facts.lengths, starts))
+        return packing
+
+    # --- moving the packing ---
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Packing:
         """The same packing on another device; itself if it is there already."""
@@ -455,7 +469,9 @@ class Packing:
             if limit is not None and wanted > limit:
                 raise PackingError(f"copy_: {name} is {wanted}, this packing was made for at most {limit}")
         if self._shape != other._shape or self._holes is not None or other._holes is not None:
-            raise PackingError("copy_: packings made by from_mask refill only one of the same (batch, seq), without holes")
+            raise PackingError(
+                "copy_: packings made by from_mask refill only one of the same (batch, seq), without holes"
+            )
         if not mine.gaps and (theirs.gaps or other.rows < self.rows):
             raise PackingError(
                 "copy_: the new batch has padding and this packing was made without; make it with a fixed capacity: "
@@ -490,7 +506,7 @@ class Packing:
             f"gaps={facts.gaps}, device={str(self.device)!r})"
         )
 
-    # --- for the core: private to the package ----------------------------------------------------------------------------------------------
+    # --- for the core: private to the package ---
 
     def relation(self, keys: Packing) -> Relation:
         """How the lengths of ``keys`` compare with these, as far as the host knows."""
@@ -578,9 +594,7 @@ def _check_values(known: tuple[list[int], list[int]], max_seqlen: int | None, ro
             if step < 0:
                 raise PackingError(f"{name} must not decrease: entry {i + 1} is {values[i + 1]} after {values[i]}")
         if room < length:
-            raise PackingError(
-                f"cu_seqlens_padded leaves sequence {i} {room} rows, and it has {length} by cu_seqlens"
-            )
+            raise PackingError(f"cu_seqlens_padded leaves sequence {i} {room} rows, and it has {length} by cu_seqlens")
         longest = max(longest, length)
     if max_seqlen is not None and max_seqlen < longest:
         raise PackingError(f"max_seqlen is {max_seqlen}, and the longest sequence has {longest} tokens")

@@ -6,8 +6,6 @@ tensors of a direction; blocks that hold no such row end after a look at the off
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -50,8 +48,8 @@ def zero_padding(x: Tensor, valid: Tensor) -> Tensor:
 
 
 def pad_dims(x: Tensor, width: int) -> Tensor:
-    """x with zeros after its last dim, up to ``width``."""
+    """Add zeros after the last dim of x, up to ``width``."""
     if x.shape[-1] == width:
         return x
-    padded: Any = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+    padded: Tensor = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
     return padded

@@ -22,7 +22,9 @@ def _fill(x, row_stride, head_stride, heads, dim, value, padding, row, BLOCK_C: 
     for start in range(0, width, BLOCK_C):
         c = start + column
         offset = row.to(tl.int64)[:, None] * row_stride + ((c // dim).to(tl.int64) * head_stride + c % dim)[None, :]
-        tl.store(x + offset, tl.full(offset.shape, value, x.dtype.element_ty), mask=padding[:, None] & (c < width)[None, :])
+        tl.store(
+            x + offset, tl.full(offset.shape, value, x.dtype.element_ty), mask=padding[:, None] & (c < width)[None, :]
+        )
 
 
 @triton.jit

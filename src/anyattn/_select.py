@@ -90,7 +90,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-# --- what the caller prefers ---------------------------------------------------------------------------------------
+# --- what the caller prefers ---
 
 
 def parse_preference(wanted: str | Sequence[str]) -> Preference:
@@ -127,14 +127,15 @@ traced_preference: Preference | None = None
 
 
 @lru_cache
-def _environment_preference(value: str) -> Preference:
+def _environment_preference() -> Preference:
+    """``ANYATTN_BACKEND``, read once: looking it up costs as much as all the rest of a cached choice."""
+    value = os.environ.get("ANYATTN_BACKEND", "")
     return parse_preference(value) if value else AUTO
 
 
 def default_preference() -> Preference:
     """What ``backend="auto"`` means here: ``use()``, else ``ANYATTN_BACKEND``, else any."""
-    chosen = _preference.get()
-    return chosen if chosen is not None else _environment_preference(os.environ.get("ANYATTN_BACKEND", ""))
+    return _preference.get() or _environment_preference()
 
 
 @contextmanager
@@ -169,7 +170,7 @@ def use(backend: str | Sequence[str]) -> Iterator[None]:
         _preference.reset(token)
 
 
-# --- what is installed ---------------------------------------------------------------------------------------------
+# --- what is installed ---
 
 _broken: dict[str, str] = {}
 _world: World | None = None
@@ -209,6 +210,7 @@ def forget_world() -> None:
     _world = None
     _broken.clear()
     load.cache_clear()
+    _environment_preference.cache_clear()
 
 
 @lru_cache
@@ -225,7 +227,7 @@ def load(name: str) -> bool:
     return True
 
 
-# --- the choice ----------------------------------------------------------------------------------------------------
+# --- the choice ---
 
 
 def _judge(name: str, kernels: set[str] | None, problem: Problem, probe: Probe) -> tuple[list[Kernel], list[Reason]]:
@@ -287,8 +289,9 @@ def choose(problem: Problem, preference: Preference, installed: World) -> Explan
             rejected[name] = (Reason("backend", f"backend={name!r} or 'auto'", asked, "name it, or leave backend out"),)
     if any(":" in wanted for wanted in preference):
         candidates.sort(key=lambda k: _rank(preference, k))
-    explanation = Explanation(problem, tuple(candidates), MappingProxyType(rejected),
-                              MappingProxyType({n: p.version for n, p in installed}))
+    explanation = Explanation(
+        problem, tuple(candidates), MappingProxyType(rejected), MappingProxyType({n: p.version for n, p in installed})
+    )
     logger.info("%s runs %s", explanation.forward or "nothing", problem)
     return explanation
 

@@ -23,20 +23,30 @@ from anyattn._request import Meta, Request, Tensors, is_block_mask
 _SWAP = {"sbhd": (0, 1), "bhsd": (1, 2)}
 
 
-# --- what Dynamo traces --------------------------------------------------------------------------------------------
+# --- what Dynamo traces ---
 
 
 def attention(
-    t: Tensors, causal: Any, window: Any, scale: Any, softcap: Any, dropout: Any, layout: str | None, backend: Any,
-    deterministic: bool | None, return_lse: bool,
-) -> Any:  # fmt: skip
+    t: Tensors,
+    causal: Any,
+    window: Any,
+    scale: Any,
+    softcap: Any,
+    dropout: Any,
+    layout: str | None,
+    backend: Any,
+    deterministic: bool | None,
+    return_lse: bool,
+) -> Any:
     """``attention`` in terms of traceable torch and the custom op."""
     q, k, v = t.q, t.k, t.v
     if is_block_mask(t.mask):
         raise Unsupported("a BlockMask cannot enter a compiled region yet: call attention outside of torch.compile")
     for p in (t.packing, t.packing_kv):
         if p is not None and p._holes is not None:
-            raise PackingError("a packing from a mask with holes cannot enter a compiled region: use mask=, or pack first")
+            raise PackingError(
+                "a packing from a mask with holes cannot enter a compiled region: use mask=, or pack first"
+            )
     device = q.device.type
     if torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
@@ -76,7 +86,7 @@ def _flat(packing: Packing | None) -> tuple[Tensor | None, list[int]]:
     return packing._table, numbers
 
 
-# --- what runs -----------------------------------------------------------------------------------------------------
+# --- what runs ---
 
 
 @lru_cache(maxsize=1024)
@@ -106,11 +116,21 @@ def _packing_key(q: Tensor, table: Tensor | None, sizes: list[int]) -> tuple[Any
 
 
 def _request(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    table_q: Tensor | None, table_k: Tensor | None, sizes_q: list[int], sizes_k: list[int], static: str,
-) -> Request:  # fmt: skip
-    (causal, window, scale, softcap, dropout, layout, backend, preference, deterministic, torch_deterministic, return_lse,
-     relation, grad, sink_grad, bias_grad) = _parse(static)  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    alibi: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    table_q: Tensor | None,
+    table_k: Tensor | None,
+    sizes_q: list[int],
+    sizes_k: list[int],
+    static: str,
+) -> Request:
+    causal, window, scale, softcap, dropout, layout, backend, preference, *more = _parse(static)
+    deterministic, torch_deterministic, return_lse, relation, grad, sink_grad, bias_grad = more
     return Request(
         _meta(q, grad), _meta(k, grad), _meta(v, grad), causal, window, scale, softcap, _meta(sink, sink_grad),
         _meta(alibi, False), _meta(bias, bias_grad), _meta(mask, False), dropout, layout,
@@ -144,9 +164,16 @@ def _prepare(request: Request) -> Prepared:
 
 
 def _inputs(
-    request: Request, q: Tensor, k: Tensor, alibi: Tensor | None, mask: Tensor | None, table_q: Tensor | None,
-    table_k: Tensor | None, sizes_q: list[int], sizes_k: list[int],
-) -> Inputs:  # fmt: skip
+    request: Request,
+    q: Tensor,
+    k: Tensor,
+    alibi: Tensor | None,
+    mask: Tensor | None,
+    table_q: Tensor | None,
+    table_k: Tensor | None,
+    sizes_q: list[int],
+    sizes_k: list[int],
+) -> Inputs:
     if request.packing is None or request.packing_kv is None:
         return Inputs(None, None, alibi, _four_dims(mask), None)
     rows_q = _rows(q, table_q, sizes_q, request.packing[3])
@@ -161,19 +188,26 @@ def _four_dims(x: Tensor | None) -> Tensor | None:
 
 @torch.library.custom_op("anyattn::attention", mutates_args=())
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    table_q: Tensor | None, table_k: Tensor | None, sizes_q: list[int], sizes_k: list[int], static: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    alibi: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    table_q: Tensor | None,
+    table_k: Tensor | None,
+    sizes_q: list[int],
+    sizes_k: list[int],
+    static: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, static)
     p = _prepare(request)
     x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k)
     enter, layout = p.layout.enter, p.layout
     call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
     out, lse, rng = _core.forward(p, call, sink)
-    if lse is None:
-        lse = out.new_empty(_lse_shape(q), dtype=p.lse_dtype)
-    else:
-        lse = layout.leave_lse(lse).contiguous()
+    lse = out.new_empty(_lse_shape(q), dtype=p.lse_dtype) if lse is None else layout.leave_lse(lse).contiguous()
     if rng is None:
         rng = out.new_empty(2, dtype=torch.int64)
     return layout.leave(out).contiguous(), lse, rng
@@ -185,9 +219,19 @@ def _lse_shape(q: Tensor) -> tuple[int, ...]:
 
 @_forward_op.register_fake
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    table_q: Tensor | None, table_k: Tensor | None, sizes_q: list[int], sizes_k: list[int], static: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    alibi: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    table_q: Tensor | None,
+    table_k: Tensor | None,
+    sizes_q: list[int],
+    sizes_k: list[int],
+    static: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     return out, q.new_empty(_lse_shape(q), dtype=dtype), q.new_empty(2, dtype=torch.int64)
@@ -195,10 +239,24 @@ def _forward_fake(
 
 @torch.library.custom_op("anyattn::attention_backward", mutates_args=())
 def _backward_op(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
-    bias: Tensor | None, mask: Tensor | None, table_q: Tensor | None, table_k: Tensor | None, sizes_q: list[int],
-    sizes_k: list[int], static: str, out: Tensor, lse: Tensor, rng: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    alibi: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    table_q: Tensor | None,
+    table_k: Tensor | None,
+    sizes_q: list[int],
+    sizes_k: list[int],
+    static: str,
+    out: Tensor,
+    lse: Tensor,
+    rng: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, static)
     p = _prepare(request)
     x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k)
@@ -219,10 +277,24 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, alibi: Tensor | None,
-    bias: Tensor | None, mask: Tensor | None, table_q: Tensor | None, table_k: Tensor | None, sizes_q: list[int],
-    sizes_k: list[int], static: str, out: Tensor, lse: Tensor, rng: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    alibi: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    table_q: Tensor | None,
+    table_k: Tensor | None,
+    sizes_q: list[int],
+    sizes_k: list[int],
+    static: str,
+    out: Tensor,
+    lse: Tensor,
+    rng: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *_, sink_grad, bias_grad = _parse(static)
     dsink = sink.new_empty(sink.shape) if sink is not None and sink_grad else q.new_empty(0)
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_grad else q.new_empty(0)
@@ -239,10 +311,26 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, drng: Tensor | None) 
     q, k, v, sink, alibi, bias, mask, table_q, table_k, out, lse, rng = ctx.saved_tensors
     static = _parse(ctx.static)
     return_lse, sink_grad, bias_grad = static[10], static[13], static[14]
+    dlse = dlse if return_lse else None
     dq, dk, dv, dsink, dbias = torch.ops.anyattn.attention_backward(
-        dout, dlse if return_lse else None, q, k, v, sink, alibi, bias, mask, table_q, table_k, ctx.sizes_q, ctx.sizes_k,
-        ctx.static, out, lse, rng,
-    )  # fmt: skip
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        sink,
+        alibi,
+        bias,
+        mask,
+        table_q,
+        table_k,
+        ctx.sizes_q,
+        ctx.sizes_k,
+        ctx.static,
+        out,
+        lse,
+        rng,
+    )
     return dq, dk, dv, dsink if sink_grad else None, None, dbias if bias_grad else None, *(None,) * 6
 
 

@@ -64,7 +64,9 @@ def _check_kinds(request: Request) -> None:
     if request.mask is not None and not isinstance(request.mask, tuple):
         raise InvalidArgument(f"mask must be a bool tensor, a BlockMask or None, got {type(request.mask).__name__}")
     devices = {x.device for _, x in _qkv(request)}
-    devices |= {x.device for x in (request.sink, request.alibi_slopes, request.bias, request.mask) if isinstance(x, Meta)}
+    devices |= {
+        x.device for x in (request.sink, request.alibi_slopes, request.bias, request.mask) if isinstance(x, Meta)
+    }
     if len(devices) > 1:
         places = ", ".join(sorted(map(str, devices)))
         raise DeviceError(f"all tensors of a call must be on one device, got {places}: move them with .to(q.device)")
@@ -83,7 +85,9 @@ def _check_dtypes(request: Request) -> None:
         if x is not None and x.dtype not in FLOATS:
             raise DtypeError(f"{name} must have a floating dtype, got {x.dtype}")
     if isinstance(request.mask, Meta) and request.mask.dtype != torch.bool:
-        raise DtypeError(f"mask must be bool, True meaning attend, got {request.mask.dtype}: additive masks go to bias=")
+        raise DtypeError(
+            f"mask must be bool, True meaning attend, got {request.mask.dtype}: additive masks go to bias="
+        )
 
 
 def _sizes(request: Request) -> Sizes:
@@ -146,7 +150,8 @@ def _check_packings(request: Request, sizes: Sizes) -> None:
     same = request.packing_kv is None
     if same and sizes.layout != "thd" and sizes.seq_q != sizes.seq_k:
         raise PackingError(
-            f"with {sizes.seq_q} query rows and {sizes.seq_k} key rows per entry, the keys need packing_kv= of their own"
+            f"with {sizes.seq_q} query rows and {sizes.seq_k} key rows per entry, the keys need a packing_kv= of their "
+            "own"
         )
     keys = request.packing if same else request.packing_kv
     assert keys is not None
@@ -191,7 +196,9 @@ def _check_extras(request: Request, sizes: Sizes) -> None:
 def _check_scores_shape(name: str, x: Meta, sizes: Sizes) -> None:
     """A tensor that broadcasts against the scores."""
     if sizes.layout == "thd":
-        raise InvalidArgument(f'a tensor {name} does not go with layout "thd": use 4-D tensors, or a BlockMask over packed rows')
+        raise InvalidArgument(
+            f'a tensor {name} does not go with layout "thd": use 4-D tensors, or a BlockMask over packed rows'
+        )
     full = (sizes.batch, sizes.num_heads, sizes.seq_q, sizes.seq_k)
     given = (1,) * (4 - len(x.shape)) + tuple(x.shape)
     if len(given) != 4 or any(a not in (1, b) for a, b in zip(given, full, strict=True)):
@@ -202,6 +209,10 @@ def _check_block_mask(x: tuple[Any, ...], sizes: Sizes) -> None:
     if x[0] != "block":
         raise InvalidArgument(f"mask must be a bool tensor, a BlockMask or None, got a tuple of {len(x)}")
     batch, heads, rows_q, rows_k = (1, 1, *x[1])[-4:]
-    if batch not in (1, sizes.batch) or heads not in (1, sizes.num_heads) or (rows_q, rows_k) != (sizes.seq_q, sizes.seq_k):
+    if (
+        batch not in (1, sizes.batch)
+        or heads not in (1, sizes.num_heads)
+        or (rows_q, rows_k) != (sizes.seq_q, sizes.seq_k)
+    ):
         full = (sizes.batch, sizes.num_heads, sizes.seq_q, sizes.seq_k)
         raise ShapeError(f"the BlockMask must be for {full}, with batch and heads possibly 1; it is for {x[1]}")

@@ -30,14 +30,14 @@ CAPABILITIES = (
         families=(0, 7, 8, 9, 10, 11, 12),
         dtypes=("float16", "bfloat16", "float32", "float64"),
         head_dims=HeadDims(maximum=1 << 20),
-        features={name: ALWAYS for name in FEATURE_NAMES},
+        features=dict.fromkeys(FEATURE_NAMES, ALWAYS),
         lse_grad="native",
     ),
 )
 
 
 def probe() -> Probe:
-    """torch itself."""
+    """Torch itself."""
     return Probe(torch_version())
 
 
@@ -60,7 +60,7 @@ class Piece:
     len_k: Tensor
 
 
-# --- the specification ---------------------------------------------------------------------------------------------
+# --- the specification ---
 
 
 def _position_mask(call: Call, piece: Piece) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,9 @@ def _probabilities(final: Tensor, lse: Tensor, sink: Tensor | None = None) -> tu
     return torch.exp(final - finite[..., None]), lse
 
 
-def _forward_piece(call: Call, piece: Piece, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _forward_piece(
+    call: Call, piece: Piece, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
     _, final = _scores(call, piece, q, k)
     p, lse = _probabilities(final, torch.logsumexp(final, -1), call.sink)
     if seed is not None:
@@ -137,7 +139,7 @@ def _backward_piece(
     return _matmul_values(draw, k), _matmul_keys(draw, q, k.shape[2]), dv, dfinal
 
 
-# --- grouped heads: keys and values are never expanded --------------------------------------------------------------
+# --- grouped heads: keys and values are never expanded ---
 
 
 def _matmul_heads(q: Tensor, k: Tensor) -> Tensor:
@@ -158,7 +160,7 @@ def _matmul_keys(p: Tensor, q: Tensor, kv_heads: int) -> Tensor:
     return torch.einsum("bgrsk,bsgrd->bkgd", grouped, queries)
 
 
-# --- bias, masks, dropout ------------------------------------------------------------------------------------------
+# --- bias, masks, dropout ---
 
 
 def _index(call: Call, piece: Piece, shape: tuple[int, ...] | torch.Size) -> tuple[Tensor, ...]:
@@ -167,12 +169,17 @@ def _index(call: Call, piece: Piece, shape: tuple[int, ...] | torch.Size) -> tup
     if call.rows_q is not None:  # flattened entries: back to the row within the entry
         row_q, row_k = row_q % shape[2], row_k % shape[3]
     head = torch.arange(call.q.shape[-2], device=call.q.device)
-    full = (piece.entry[:, None, None, None], head[None, :, None, None], row_q[:, None, :, None], row_k[:, None, None, :])
+    full = (
+        piece.entry[:, None, None, None],
+        head[None, :, None, None],
+        row_q[:, None, :, None],
+        row_k[:, None, None, :],
+    )
     return tuple(x if size != 1 else torch.zeros_like(x) for x, size in zip(full, shape, strict=True))
 
 
 def _of_piece(call: Call, piece: Piece, x: Tensor) -> Tensor:
-    """bias or mask for a piece, (B, H or 1, S or 1, K or 1)."""
+    """Bias or mask for a piece, (B, H or 1, S or 1, K or 1)."""
     return x if call.rows_q is None else x[_index(call, piece, x.shape)]
 
 
@@ -181,12 +188,17 @@ def _block_mask(call: Call, piece: Piece) -> Tensor:
     mask: Any = call.block_mask
     head = torch.arange(call.q.shape[-2], device=call.q.device)
     entry = piece.entry if call.rows_q is None else torch.zeros_like(piece.entry)
-    b, h, i, j = entry[:, None, None, None], head[None, :, None, None], piece.row_q[:, None, :, None], piece.row_k[:, None, None, :]
+    b, h, i, j = (
+        entry[:, None, None, None],
+        head[None, :, None, None],
+        piece.row_q[:, None, :, None],
+        piece.row_k[:, None, None, :],
+    )
     size_q, size_k = mask.BLOCK_SIZE
     partial = _dense_blocks(mask.kv_num_blocks, mask.kv_indices)
     blocks = tuple(x if n != 1 else torch.zeros_like(x) for x, n in zip((b, h), partial.shape[:2], strict=True))
     blocks = (*blocks, i // size_q, j // size_k)
-    visible = partial[blocks] & mask.mask_mod(b, h, i, j)
+    visible: Tensor = partial[blocks] & mask.mask_mod(b, h, i, j)
     if mask.full_kv_num_blocks is not None:
         visible = visible | _dense_blocks(mask.full_kv_num_blocks, mask.full_kv_indices)[blocks]
     return visible
@@ -202,7 +214,10 @@ def _dense_blocks(counts: Tensor, indices: Tensor) -> Tensor:
 
 def _keep(call: Call, piece: Piece, p: Tensor, seed: Tensor) -> Tensor:
     """0, or 1 / (1 - dropout), per probability: a hash of the seed and the score's place, so backward repeats it."""
-    index = [x.long() for x in (piece.entry[:, None, None, None], piece.row_q[:, None, :, None], piece.row_k[:, None, None, :])]
+    index = [
+        x.long()
+        for x in (piece.entry[:, None, None, None], piece.row_q[:, None, :, None], piece.row_k[:, None, None, :])
+    ]
     head = torch.arange(p.shape[1], device=p.device)[None, :, None, None]
     state = seed[0]
     for x in (index[0], head, index[1], index[2]):
@@ -220,7 +235,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-# --- pieces --------------------------------------------------------------------------------------------------------
+# --- pieces ---
 
 
 def _pieces(call: Call) -> Iterator[Piece]:
@@ -229,10 +244,8 @@ def _pieces(call: Call) -> Iterator[Piece]:
         batch, rows_q, rows_k = call.q.shape[0], call.q.shape[1], call.k.shape[1]
         entry = torch.arange(batch, device=device)
         full = torch.ones_like(entry)
-        yield Piece(
-            entry, torch.arange(rows_q, device=device).expand(batch, -1), torch.arange(rows_k, device=device).expand(batch, -1),
-            full * rows_q, full * rows_k,
-        )  # fmt: skip
+        row_q, row_k = (torch.arange(n, device=device).expand(batch, -1) for n in (rows_q, rows_k))
+        yield Piece(entry, row_q, row_k, full * rows_q, full * rows_k)
     elif call.rows_q.host is not None and call.rows_k.host is not None:
         for i, (q, k) in enumerate(zip(call.rows_q.host, call.rows_k.host, strict=True)):
             rows = [torch.arange(start, start + length)[None] for start, length in (q, k)]
@@ -288,7 +301,7 @@ def _compute_dtype(call: Call) -> torch.dtype:
     return torch.float64 if call.q.dtype == torch.float64 else torch.float32
 
 
-# --- the contract --------------------------------------------------------------------------------------------------
+# --- the contract ---
 
 
 def forward(call: Call) -> Result:
@@ -304,7 +317,7 @@ def forward(call: Call) -> Result:
         for piece in _pieces(call):
             q = _rows_of(call, call.q, piece.row_q, piece.len_q, dtype)
             k, v = (_rows_of(call, x, piece.row_k, piece.len_k, dtype) for x in (call.k, call.v))
-            o, l = _forward_piece(call, piece, q, k, v, seed)  # noqa: E741
+            o, l = _forward_piece(call, piece, q, k, v, seed)
             out.write(piece.row_q, piece.len_q, o)
             lse.write(piece.row_q, piece.len_q, l.transpose(1, 2))
     return Result(out.result, lse.result.transpose(-1, -2), seed)

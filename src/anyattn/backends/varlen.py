@@ -34,7 +34,7 @@ CAPABILITIES = (
 
 
 def probe() -> Probe:
-    """torch itself, where it was built for CUDA."""
+    """Torch itself, where it was built for CUDA."""
     built = torch.backends.cuda.is_built() and torch.backends.cuda.is_flash_attention_available()
     return Probe(torch_version(), "" if built else "this build of torch has no CUDA FlashAttention")
 
