@@ -193,7 +193,7 @@ def memory(backends: list[str]) -> list[Row]:
 def rows() -> list[Row]:
     """All GPU figures, for the packed backends that run here."""
     status = anyattn.backends()
-    here = [name for name in ("fa4", "varlen") if status[name].runs_here]
+    here = [name for name in ("fa4", "varlen") if name in status and status[name].runs_here]
     found = call_cost(here)
     for heads in ((16, 16), (32, 8)):
         found += throughput(here, heads)

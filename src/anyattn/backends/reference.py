@@ -187,12 +187,14 @@ def _block_mask(call: Call, piece: Piece) -> Tensor:
     """A BlockMask for a piece: full blocks, and what mask_mod lets through in the partial ones."""
     mask: Any = call.block_mask
     head = torch.arange(call.q.shape[-2], device=call.q.device)
-    entry = piece.entry if call.rows_q is None else torch.zeros_like(piece.entry)
+    rows, keys = mask.shape[-2:]
+    over_rows = call.rows_q is not None and call.q.shape[0] == rows  # "thd"; else flattened entries, as in _index
+    entry = torch.zeros_like(piece.entry) if over_rows else piece.entry
     b, h, i, j = (
         entry[:, None, None, None],
         head[None, :, None, None],
-        piece.row_q[:, None, :, None],
-        piece.row_k[:, None, None, :],
+        (piece.row_q % rows)[:, None, :, None],
+        (piece.row_k % keys)[:, None, None, :],
     )
     size_q, size_k = mask.BLOCK_SIZE
     partial = _dense_blocks(mask.kv_num_blocks, mask.kv_indices)

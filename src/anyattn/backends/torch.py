@@ -150,6 +150,11 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     return _BACKWARD[call.kernel](call, saved, dout)
 
 
+def _unused_rng(call: Call) -> Tensor:
+    """What stands for seed and offset where there is no dropout; nothing reads it."""
+    return torch.empty((), dtype=torch.int64, device=call.q.device)
+
+
 def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
@@ -160,19 +165,17 @@ def _heads_first(x: Tensor) -> Tensor:
 def _cudnn_forward(call: Call) -> Result:
     spec = call.spec
     q, k, v = (_heads_first(x) for x in (call.q, call.k, call.v))
-    out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
         q, k, v, None, spec.need_lse, 0.0, spec.right == 0, False, scale=spec.scale
     )
-    rng = torch.stack([seed, offset]) if spec.need_lse else None
-    return Result(_heads_first(out), lse.squeeze(-1) if spec.need_lse else None, rng)
+    return Result(_heads_first(out), lse.squeeze(-1) if spec.need_lse else None)
 
 
 def _cudnn_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
-    assert saved.rng is not None
     tensors = [_heads_first(x) for x in (dout, call.q, call.k, call.v, saved.out)]
-    seed, offset = saved.rng.unbind()
+    unused = _unused_rng(call)
     got = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
-        *tensors, saved.lse.unsqueeze(-1), seed, offset, None, None, None, call.q.shape[1], call.k.shape[1], 0.0,
+        *tensors, saved.lse.unsqueeze(-1), unused, unused, None, None, None, call.q.shape[1], call.k.shape[1], 0.0,
         call.spec.right == 0, scale=call.spec.scale,
     )  # fmt: skip
     dq, dk, dv = (_heads_first(x) for x in got)
@@ -223,7 +226,7 @@ def _efficient_terms(call: Call) -> _EfficientTerms:
 def _efficient_forward(call: Call) -> Result:
     terms = _efficient_terms(call)
     rows = call.q.shape[1]
-    out, lse, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward.default(
+    out, lse, *_ = torch.ops.aten._efficient_attention_forward.default(
         *(_aten_flash._rowwise(x) for x in (call.q, call.k, call.v)), terms.bias, None, None, rows, call.k.shape[1],
         0.0, terms.custom_mask_type, call.spec.need_lse, scale=call.spec.scale, window_size=terms.window_size,
     )  # fmt: skip
@@ -234,20 +237,19 @@ def _efficient_forward(call: Call) -> Result:
         lse = lse.contiguous() if terms.dead is None else lse.masked_fill(terms.dead, -INF)
     if terms.dead is not None:
         out = out.masked_fill(terms.dead.transpose(1, 2).unsqueeze(-1), 0.0)
-    return Result(out, lse, torch.stack([seed, offset]) if call.spec.need_lse else None)
+    return Result(out, lse)
 
 
 def _efficient_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
-    assert saved.rng is not None
     terms = _efficient_terms(call)
     rows = call.q.shape[1]
     lse = saved.lse.masked_fill(saved.lse == -INF, INF)
     lse = torch.nn.functional.pad(lse, (0, -rows % 32), value=INF)
-    seed, offset = saved.rng.unbind()
+    unused = _unused_rng(call)
     want_bias = call.bias is not None
     dq, dk, dv, dbias = torch.ops.aten._efficient_attention_backward.default(
         _aten_flash._rowwise(dout), *(_aten_flash._rowwise(x) for x in (call.q, call.k, call.v)), terms.bias, saved.out,
-        None, None, rows, call.k.shape[1], lse, 0.0, seed, offset, terms.custom_mask_type, want_bias,
+        None, None, rows, call.k.shape[1], lse, 0.0, unused, unused, terms.custom_mask_type, want_bias,
         scale=call.spec.scale, window_size=terms.window_size,
     )  # fmt: skip
     summed = None
