@@ -1,6 +1,9 @@
 """anyattn: one attention call for PyTorch that runs on whichever kernel is installed and fastest."""
 
-from anyattn import _log
+from anyattn import (
+    _log,
+    integrations,  # costs nothing: the libraries are imported by register()
+)
 from anyattn._api import BackendStatus, attention, backends, explain
 from anyattn._capability import Reason
 from anyattn._errors import (
@@ -36,6 +39,7 @@ __all__ = [
     "attention",
     "backends",
     "explain",
+    "integrations",
     "use",
 ]
 __version__ = "0.1.0"

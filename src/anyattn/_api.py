@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anyattn import _autograd, _core, _environment, _select, _traced
-from anyattn import backends as _backends
+from anyattn._call import Call
 from anyattn._core import Inputs, Prepared
 from anyattn._errors import InvalidArgument, PackingError
 from anyattn._packing import Packing
@@ -25,6 +25,8 @@ from anyattn._request import (
     refuse_transforms,
 )
 from anyattn._select import Explanation
+from anyattn.backends import ORDER
+from anyattn.backends import get as get_backend
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -137,9 +139,9 @@ def attention(
         # All that preparation depends on. Building and finding it is what choosing costs from the second call on.
         key = (
             q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-            q.__class__, k.__class__, v.__class__, q.requires_grad, k.requires_grad, v.requires_grad,
-            torch.is_grad_enabled(), causal, window, scale, softcap, dropout, layout, backend, deterministic,
-            return_lse,
+            q.__class__, k.__class__, v.__class__,
+            torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad),
+            causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse,
             torch.are_deterministic_algorithms_enabled(), _select.default_preference(), autocast_dtype(q.device.type),
             None if sink is None else (sink.shape, sink.dtype, sink.device, sink.requires_grad),
             None if alibi_slopes is None else describe(alibi_slopes, True),
@@ -161,12 +163,13 @@ def attention(
             key, prepared, Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv),
             causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse,
         )  # fmt: skip
-    if packing is None:
-        inputs = _NO_INPUTS
-    else:
-        rows = packing._rows
-        inputs = Inputs(rows, rows if packing_kv is None else packing_kv._rows, None, None, None)
-    out, lse = _autograd.run(prepared, inputs, q, k, v, None, bias)
+    rows_q = rows_k = None
+    if packing is not None:
+        rows_q = packing._rows
+        rows_k = rows_q if packing_kv is None else packing_kv._rows
+    if prepared.bare and bias is None and _core.on_current_device(prepared):
+        return prepared.backend.forward(Call(q, k, v, prepared.spec, prepared.kernel.name, rows_q, rows_k)).out
+    out, lse = _autograd.run(prepared, Inputs(rows_q, rows_k, None, None, None), q, k, v, None, bias)
     return (out, lse) if return_lse else out
 
 
@@ -392,7 +395,8 @@ class BackendTable(dict[str, BackendStatus]):
     """Backend statuses by name; ``str()`` is a table."""
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.values()))
+        rows = [(s.name, s.version or "-", "runs here" if s.runs_here else s.reason) for s in self.values()]
+        return "\n".join(_select.aligned(rows))
 
 
 def backends() -> BackendTable:
@@ -407,11 +411,11 @@ def backends() -> BackendTable:
         True
     """
     arch = _environment.arch_of(torch.device("cuda")) if torch.cuda.is_available() else 0
-    return BackendTable({name: _status(name, arch) for name in _backends.ORDER})
+    return BackendTable({name: _status(name, arch) for name in ORDER})
 
 
 def _status(name: str, arch: int) -> BackendStatus:
-    backend = _backends.get(name)
+    backend = get_backend(name)
     probe = dict(_select.world())[name]
     reason = probe.problem
     if probe.version is None:

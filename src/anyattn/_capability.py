@@ -110,13 +110,18 @@ class Capability:
     native_sink: tuple[str, ...] = ()
     """Sink dtypes that the kernel takes itself; the core applies all others from (out, lse)."""
     native_sink_since: str | None = None
+    native_sink_when: Callable[[Problem], bool] | None = None
+    """Which problems it takes a sink in (None: all)."""
+    writes_gaps: bool = False
+    """Gaps go in as sequences of their own, and come out zero as far as max_seqlen reaches."""
     reads_torch_flag: bool = False
     """Deterministic only while torch.use_deterministic_algorithms is on."""
     rows: tuple[Row, ...] = field(default=())
 
-    def takes_sink(self, dtype: str | None, version: str | None) -> bool:
-        """Whether the kernel itself applies a sink of this dtype."""
-        return dtype in self.native_sink and _at_least(version, self.native_sink_since)
+    def takes_sink(self, problem: Problem, version: str | None) -> bool:
+        """Whether the kernel itself applies the problem's sink."""
+        fits = self.native_sink_when is None or self.native_sink_when(problem)
+        return problem.sink in self.native_sink and fits and _at_least(version, self.native_sink_since)
 
 
 FAMILY_NAMES = {0: "CPU", 7: "sm7x", 8: "sm8x", 9: "sm90", 10: "sm10x", 11: "sm11x", 12: "sm12x"}

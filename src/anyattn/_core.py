@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anyattn import _select, backends
+from anyattn import _select
 from anyattn._call import Backend, Call, Gradients, Result, Rows, Saved, Spec
 from anyattn._environment import arch_of
 from anyattn._errors import NoBackend
 from anyattn._packing import valid_rows
-from anyattn._padding import fill_gaps, pad_dims, zero_padding
+from anyattn._padding import Fill, fill_gaps, pad_dims, zero_padding
 from anyattn._problem import Problem, length_class
 from anyattn._request import Meta, Request
 from anyattn._select import Explanation, Kernel
 from anyattn._validate import Sizes, validate
+from anyattn.backends import get as get_backend
 
 NEG_INF = float("-inf")
 
@@ -76,9 +77,14 @@ class Prepared:
     packed: bool
     empty: bool
     """Nothing to compute: no kernel runs."""
+    bare: bool
+    """A forward with nothing to do around the kernel: no gradient, layout, padding, sink, cast or lse."""
     fill_q: bool
-    """Rows outside every sequence may exist among the queries."""
+    """Rows outside every sequence may be left unwritten in out and dq."""
     fill_k: bool
+    """The same for dk and dv."""
+    fill_lse: bool
+    """Somebody may look at lse in rows outside every sequence."""
     sanitize: bool
     needs_backward: bool
     return_lse: bool
@@ -177,6 +183,16 @@ def _has_gaps(packing: tuple[Any, ...], sizes: Sizes, rows: int) -> bool:
     return bool(packing[3]) or packing[2] != rows * sizes.batch
 
 
+def _written(packing: tuple[Any, ...], sizes: Sizes, rows: int) -> bool:
+    """Whether a kernel that gets gaps as sequences writes all of them: each within max_seqlen, and no row beyond."""
+    return bool(packing[7]) and packing[2] == rows * sizes.batch
+
+
+def on_current_device(p: Prepared) -> bool:
+    """Whether kernels launched now go to the tensors' device."""
+    return p.device is None or p.device == torch.cuda.current_device()
+
+
 def explain(request: Request, installed: _select.World | None, arch: int | None) -> Explanation:
     """Validate a request and choose; for ``explain()``."""
     sizes = validate(request)
@@ -236,22 +252,32 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
     )
     dims = (sizes.batch, sizes.seq_q, sizes.seq_k, sizes.num_heads, problem.seqlen_q, problem.seqlen_k)
     device = request.q.device
+    gaps_q = packed and _has_gaps(request.packing or (), sizes, sizes.seq_q)
+    gaps_k = packed and _has_gaps(keys or (), sizes, sizes.seq_k)
+    sanitize = packed and bool((request.packing or (False,))[5] or (keys or (False,))[5])
+    layout = Layout(
+        sizes.layout,
+        packed and sizes.layout != "thd",
+        sizes.batch,
+        sizes.layout == "thd" or (sizes.layout == "bshd" and not packed),
+    )
+    around = (
+        problem.needs_backward, problem.return_lse, problem.sink is not None, gaps_q, gaps_k, sanitize, 0 in dims,
+        request.autocast is not None, not layout.is_identity,
+    )  # fmt: skip
     return Prepared(
         explanation=explanation,
         kernel=kernel,
-        backend=backends.get(kernel.backend),
+        backend=get_backend(kernel.backend),
         spec=spec,
-        layout=Layout(
-            sizes.layout,
-            packed and sizes.layout != "thd",
-            sizes.batch,
-            sizes.layout == "thd" or (sizes.layout == "bshd" and not packed),
-        ),
+        layout=layout,
         packed=packed,
         empty=0 in dims,
-        fill_q=packed and _has_gaps(request.packing or (), sizes, sizes.seq_q),
-        fill_k=packed and _has_gaps(keys or (), sizes, sizes.seq_k),
-        sanitize=packed and bool((request.packing or (False,))[5] or (keys or (False,))[5]),
+        bare=not any(around),
+        fill_q=gaps_q and not (kernel.writes_gaps and _written(request.packing or (), sizes, sizes.seq_q)),
+        fill_k=gaps_k and not (kernel.writes_gaps and _written(keys or (), sizes, sizes.seq_k)),
+        fill_lse=gaps_q and (problem.return_lse or problem.sink is not None),
+        sanitize=sanitize,
         needs_backward=problem.needs_backward,
         return_lse=problem.return_lse,
         core_sink=core_sink,
@@ -284,20 +310,20 @@ def forward(p: Prepared, call: Call, sink: Tensor | None) -> Result:
     """Run the kernel; apply the sink; make padding exact."""
     if p.empty:
         out, lse, rng = _empty_result(p, call)
-    elif p.device is not None and p.device != torch.cuda.current_device():
+    elif on_current_device(p):
+        out, lse, rng = p.backend.forward(call)
+    else:
         with torch.cuda.device(p.device):
             out, lse, rng = p.backend.forward(call)
-    else:
-        out, lse, rng = p.backend.forward(call)
     if sink is not None and (p.core_sink or p.empty):
         assert lse is not None
         out, lse = apply_sink(out, lse, sink)
-    if p.fill_q:
+    if p.fill_q or p.fill_lse:
         assert call.rows_q is not None
-        if lse is None:
-            fill_gaps(call.rows_q, (out, 0, 0.0))
-        else:
-            fill_gaps(call.rows_q, (out, 0, 0.0), (lse, 1, NEG_INF))
+        fills: list[Fill] = [(out, 0, 0.0)] if p.fill_q else []
+        if p.fill_lse and lse is not None:
+            fills.append((lse, 1, NEG_INF))
+        fill_gaps(call.rows_q, *fills)
     return Result(out, lse, rng)
 
 
@@ -331,11 +357,13 @@ def backward(p: Prepared, call: Call, saved: Saved, dout: Tensor, dlse: Tensor |
         return Gradients(zeros[0], zeros[1], zeros[2], None if call.bias is None else torch.zeros_like(call.bias))
     if p.sanitize and call.rows_q is not None:
         dout = zero_padding(dout, valid_rows(call.rows_q, dout.shape[0]))
-    if p.device is not None and p.device != torch.cuda.current_device():
+    if 0 in dout.stride():  # expanded, as by sum(): not every kernel takes that
+        dout = dout.contiguous()
+    if on_current_device(p):
+        gradients = _kernel_backward(p, call, saved, dout, dlse)
+    else:
         with torch.cuda.device(p.device):
             gradients = _kernel_backward(p, call, saved, dout, dlse)
-    else:
-        gradients = _kernel_backward(p, call, saved, dout, dlse)
     if p.fill_q:
         assert call.rows_q is not None
         fill_gaps(call.rows_q, (gradients.dq, 0, 0.0))

@@ -40,6 +40,14 @@ class Facts:
     starts: tuple[int, ...] | None = None
     """First rows, where lengths are known."""
 
+    @property
+    def longest_gap(self) -> int | None:
+        """The longest run of rows outside every sequence, before, between and after them; None: not known here."""
+        if self.starts is None or self.lengths is None or self.rows is None:
+            return None
+        ends = [0, *(s + n for s, n in zip(self.starts, self.lengths, strict=True))]
+        return max(begin - end for begin, end in zip((*self.starts, self.rows), ends, strict=True))
+
 
 def _aligned(n: int) -> int:
     return -(-n // 4) * 4
@@ -152,6 +160,8 @@ class Packing:
         check: bool = True,
     ) -> None:
         _check_offsets("cu_seqlens", cu_seqlens)
+        _check_number("max_seqlen", max_seqlen)
+        _check_number("rows", rows)
         starts = cu_seqlens
         if cu_seqlens_padded is not None:
             _check_offsets("cu_seqlens_padded", cu_seqlens_padded)
@@ -195,7 +205,10 @@ class Packing:
         facts = self._facts
         #: What a call's cache key holds of this packing.
         shape = self._shape or self._entry_rows
-        self._key = (facts.sequences, facts.max_seqlen, facts.rows, facts.gaps, shape, self.sanitize, self.device)
+        gap = facts.longest_gap
+        covered = gap is not None and gap <= facts.max_seqlen
+        numbers = (facts.sequences, facts.max_seqlen, facts.rows, facts.gaps)
+        self._key = (*numbers, shape, self.sanitize, self.device, covered)
         host = host_of_table(self._table, facts.sequences)
         self._rows = rows_of_table(self._table, facts.sequences, facts.max_seqlen, facts.gaps, host)
 
@@ -232,6 +245,9 @@ class Packing:
         """
         if isinstance(lengths, Tensor):
             lengths = lengths.tolist()
+        for n in lengths:
+            if int(n) != n:
+                raise PackingError(f"lengths must be integers, got {n}")
         numbers = [int(n) for n in lengths]
         if any(n < 0 for n in numbers):
             raise PackingError(f"lengths must be >= 0, got {numbers}")
@@ -568,7 +584,14 @@ def _entry_rows(facts: Facts) -> int:
     return size if all(i * size <= s and s + length <= (i + 1) * size for i, (s, length) in pairs) else -1
 
 
+def _check_number(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or value < 0):
+        raise PackingError(f"{name} must be an int >= 0 or None, got {value!r}")
+
+
 def _check_offsets(name: str, offsets: Tensor) -> None:
+    if not isinstance(offsets, Tensor):
+        raise PackingError(f"{name} must be an int32 tensor, got {type(offsets).__name__}")
     if offsets.dtype != torch.int32:
         raise DtypeError(f"{name} must be int32, got {offsets.dtype}: use {name}.to(torch.int32)")
     if offsets.ndim != 1 or offsets.numel() < 1:

@@ -95,6 +95,8 @@ def is_block_mask(x: Any) -> bool:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast gives float32 tensors on this kind of device, or None where it is off."""
+    if device_type == "meta":  # explain(): torch has no autocast there, and raises
+        return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 

@@ -7,22 +7,24 @@ shows, and what ``attention()`` acts on.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MappingProxyType
 
 import torch
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
-from anyattn import backends
 from anyattn._capability import Capability, Reason, evaluate
 from anyattn._environment import Probe, one_line
 from anyattn._errors import InvalidArgument, UnknownBackend
 from anyattn._log import logger
 from anyattn._problem import Problem
+from anyattn.backends import ORDER
+from anyattn.backends import get as get_backend
 
 Preference = tuple[str, ...]
 World = tuple[tuple[str, Probe], ...]
@@ -40,6 +42,7 @@ class Kernel:
     version: str
     native_sink: bool = False
     native_lse_grad: bool = False
+    writes_gaps: bool = False
 
     def __str__(self) -> str:
         return f"{self.backend}:{self.name}" if self.name else self.backend
@@ -53,12 +56,15 @@ class Explanation:
         problem: the kind of call, as the choice saw it.
         candidates: every kernel that takes it, the preferred first.
         rejected: for each backend that does not, all its reasons.
+        versions: what was installed, or assumed to be, by backend.
+        passed_over: for each candidate backend, the reasons against its other kernels.
     """
 
     problem: Problem
     candidates: tuple[Kernel, ...]
     rejected: Mapping[str, tuple[Reason, ...]]
     versions: Mapping[str, str | None] = field(default_factory=dict)
+    passed_over: Mapping[str, tuple[Reason, ...]] = field(default_factory=dict)
 
     @property
     def chosen(self) -> str | None:
@@ -80,14 +86,28 @@ class Explanation:
         return "\n".join(f"  {name:<10} {reason}" for name, reasons in self.rejected.items() for reason in reasons)
 
     def __str__(self) -> str:
-        lines = [f"{self.problem}", f"  -> {self.forward if self.forward else 'no backend takes this call'}"]
+        rows: list[tuple[str, ...]] = []
         for kernel in self.candidates:
-            mark = "chosen" if kernel == self.forward else "able"
-            lines.append(f"  {kernel!s:<16} {mark:<9} {kernel.version}")
-        for name, reasons in self.rejected.items():
-            for reason in reasons:
-                lines.append(f"  {name:<16} rejected  {reason}")
-        return "\n".join(lines)
+            rows.append((str(kernel), "chosen" if kernel == self.forward else "able", kernel.version))
+        for name, reasons in (*self.passed_over.items(), *self.rejected.items()):
+            for r in reasons:
+                rows.append((f"{name}:{r.kernel}" if r.kernel else name, "rejected", str(replace(r, kernel=""))))
+        verdict = f"{self.forward} {self.forward.version} runs" if self.forward else "No backend takes"
+        return "\n".join([f"{verdict} {self.problem}", *aligned(rows)])
+
+
+def aligned(rows: Sequence[tuple[str, ...]], width: int = 120) -> list[str]:
+    """Rows as the lines of a plain table: columns aligned, the last one wrapped under itself."""
+    last = max((len(row) for row in rows), default=1) - 1
+    widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(last)]
+    lines = []
+    for row in rows:
+        head = "  " + "".join(cell.ljust(w) + "  " for cell, w in zip(row[:last], widths, strict=False))
+        tail = row[last] if len(row) > last else ""
+        wrapped = textwrap.wrap(tail, max(40, width - len(head)), break_long_words=False, break_on_hyphens=False)
+        lines.append((head + (wrapped[0] if wrapped else "")).rstrip())
+        lines += [" " * len(head) + line for line in wrapped[1:]]
+    return lines
 
 
 # --- what the caller prefers ---
@@ -112,9 +132,9 @@ def _check_name(name: str) -> None:
     backend, _, kernel = name.partition(":")
     if backend == "auto" and not kernel:
         return
-    if backend not in backends.ORDER:
-        raise UnknownBackend(f"unknown backend {name!r}; allowed: auto, {', '.join(backends.ORDER)}")
-    kernels = [c.kernel for c in backends.get(backend).CAPABILITIES if c.kernel]
+    if backend not in ORDER:
+        raise UnknownBackend(f"unknown backend {name!r}; allowed: auto, {', '.join(ORDER)}")
+    kernels = [c.kernel for c in get_backend(backend).CAPABILITIES if c.kernel]
     if ":" in name and kernel not in kernels:
         allowed = ", ".join(f"{backend}:{k}" for k in kernels) or f"{backend} (it has one kernel)"
         raise UnknownBackend(f"unknown kernel {name!r}; allowed: {allowed}")
@@ -180,12 +200,12 @@ def world() -> World:
     """What is installed in this process, probed once."""
     global _world
     if _world is None:
-        _world = tuple((name, _probe(name)) for name in backends.ORDER)
+        _world = tuple((name, _probe(name)) for name in ORDER)
     return _world
 
 
 def _probe(name: str) -> Probe:
-    probe = backends.get(name).probe()
+    probe = get_backend(name).probe()
     if name in _broken:
         return Probe(probe.version, _broken[name])
     return probe
@@ -195,13 +215,23 @@ def assumed_world(assume: Mapping[str, str | None] | None, *, newest: bool) -> W
     """The world for ``explain(on=..., assume=...)``: the newest known versions, or this process's, then ``assume``."""
     assume = assume or {}
     for name, version in assume.items():
-        if name not in backends.ORDER:
-            raise UnknownBackend(f"assume names the unknown backend {name!r}; allowed: {', '.join(backends.ORDER)}")
+        if name not in ORDER:
+            raise UnknownBackend(f"assume names the unknown backend {name!r}; allowed: {', '.join(ORDER)}")
         if version is not None:
-            Version(version)
-    base = {n: Probe(backends.get(n).NEWEST) for n in backends.ORDER} if newest else dict(world())
+            _check_version(name, version)
+    base = {n: Probe(get_backend(n).NEWEST) for n in ORDER} if newest else dict(world())
     base.update({n: Probe(v, "" if v else "assumed absent") for n, v in assume.items()})
     return tuple(base.items())
+
+
+def _check_version(name: str, version: str) -> None:
+    try:
+        Version(version)
+    except (InvalidVersion, TypeError):
+        raise InvalidArgument(
+            f"assume gives {name} the version {version!r}, which is none; use one like {get_backend(name).NEWEST!r}, "
+            "or None for not installed"
+        ) from None
 
 
 def forget_world() -> None:
@@ -217,7 +247,7 @@ def forget_world() -> None:
 def load(name: str) -> bool:
     """Import a backend's kernels. False, and a reason from then on, if that fails in any way."""
     try:
-        backends.get(name).load()
+        get_backend(name).load()
     except Exception as error:  # kernel packages fail with AttributeError, TypeError and OSError too
         global _world
         _broken[name] = one_line(error)
@@ -232,7 +262,7 @@ def load(name: str) -> bool:
 
 def _judge(name: str, kernels: set[str] | None, problem: Problem, probe: Probe) -> tuple[list[Kernel], list[Reason]]:
     """The kernels of one backend that take the problem, and all reasons of those that do not."""
-    backend = backends.get(name)
+    backend = get_backend(name)
     if probe.version is None or probe.problem:
         got = f"{probe.version}: {probe.problem}" if probe.version else (probe.problem or "not installed")
         return [], [Reason("installation", f"{backend.TITLE}", got, backend.INSTALL)]
@@ -249,8 +279,9 @@ def _judge(name: str, kernels: set[str] | None, problem: Problem, probe: Probe) 
 
 
 def _kernel(name: str, capability: Capability, problem: Problem, version: str) -> Kernel:
-    sink = problem.sink is not None and capability.takes_sink(problem.sink, version)
-    return Kernel(name, capability.kernel, version, sink, capability.lse_grad == "native")
+    sink = problem.sink is not None and capability.takes_sink(problem, version)
+    native = capability.lse_grad == "native"
+    return Kernel(name, capability.kernel, version, sink, native, capability.writes_gaps)
 
 
 def _expand(preference: Preference) -> list[tuple[str, set[str] | None]]:
@@ -258,7 +289,7 @@ def _expand(preference: Preference) -> list[tuple[str, set[str] | None]]:
     order: dict[str, set[str] | None] = {}
     for wanted in preference:
         if wanted == "auto":
-            order.update({name: None for name in backends.ORDER if name not in order})
+            order.update({name: None for name in ORDER if name not in order})
             continue
         name, _, kernel = wanted.partition(":")
         if not kernel:
@@ -276,21 +307,28 @@ def choose(problem: Problem, preference: Preference, installed: World) -> Explan
     probes = dict(installed)
     candidates: list[Kernel] = []
     rejected: dict[str, tuple[Reason, ...]] = {}
+    passed_over: dict[str, tuple[Reason, ...]] = {}
     allowed = _expand(preference)
     for name, kernels in allowed:
         able, reasons = _judge(name, kernels, problem, probes[name])
         candidates += able
         if not able:
             rejected[name] = tuple(reasons)
+        elif reasons:
+            passed_over[name] = tuple(reasons)
     named = dict(allowed)
-    for name in backends.ORDER:
+    for name in ORDER:
         if name not in named:
             asked = " or ".join(preference)
             rejected[name] = (Reason("backend", f"backend={name!r} or 'auto'", asked, "name it, or leave backend out"),)
     if any(":" in wanted for wanted in preference):
         candidates.sort(key=lambda k: _rank(preference, k))
     explanation = Explanation(
-        problem, tuple(candidates), MappingProxyType(rejected), MappingProxyType({n: p.version for n, p in installed})
+        problem,
+        tuple(candidates),
+        MappingProxyType(rejected),
+        MappingProxyType({n: p.version for n, p in installed}),
+        MappingProxyType(passed_over),
     )
     logger.info("%s runs %s", explanation.forward or "nothing", problem)
     return explanation

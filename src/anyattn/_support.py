@@ -47,6 +47,8 @@ class KernelFacts:
     kernel: str
     """"fa4", "torch:flash" ..."""
     package: str
+    families: tuple[int, ...]
+    """Generations of ``devices``, 0 the CPU."""
     devices: str
     dtypes: str
     head_dims: str
@@ -114,11 +116,12 @@ def kernel_facts() -> list[KernelFacts]:
         KernelFacts(
             kernel,
             capability.package,
+            capability.families,
             _devices(capability.families),
             ", ".join(capability.dtypes),
             _head_dims(capability.head_dims),
             _backward(capability),
-            tuple(_note(row) for row in capability.rows),
+            tuple(dict.fromkeys(_note(row) for row in capability.rows)),
         )
         for kernel, capability in _kernels()
     ]
@@ -143,19 +146,19 @@ def _note(row: Row) -> str:
     """A rule in one line; ``got`` is left out, for no problem is at hand."""
     reason = row.reason
     words = f"{reason.what}: needs {reason.needs}"
-    if row.direction == "backward":
+    if row.direction == "backward" and "backward" not in words:
         words += ", in backward"
     if row.since:
         words += f", since {row.since}"
-    if row.fixed:
+    if row.fixed and row.fixed not in words:
         words += f", fixed in {row.fixed}"
     return f"{words} ({reason.link})" if reason.link else words
 
 
 def legend() -> list[tuple[str, str]]:
     """The words that occur in the cells, each with its meaning."""
-    cells = {text for row in support_rows() for _, text in row.cells}
-    return [(word, meaning) for word, meaning in LEGEND.items() if any(word in text for text in cells)]
+    parts = {part for row in support_rows() for _, text in row.cells for part in text.split(", ")}
+    return [(word, meaning) for word, meaning in LEGEND.items() if any(part.startswith(word) for part in parts)]
 
 
 def markdown_table() -> str:

@@ -112,7 +112,7 @@ def _packing_key(q: Tensor, table: Tensor | None, sizes: list[int]) -> tuple[Any
             )
         in_place = rows == q.shape[0] * q.shape[1] and entry_rows == q.shape[1]
         rows, gaps = q.shape[0] * q.shape[1], gaps if in_place else True
-    return sequences, longest, None if rows < 0 else rows, bool(gaps), None, bool(sanitize), table.device
+    return sequences, longest, None if rows < 0 else rows, bool(gaps), None, bool(sanitize), table.device, False
 
 
 def _request(

@@ -156,7 +156,7 @@ def _check_packings(request: Request, sizes: Sizes) -> None:
     keys = request.packing if same else request.packing_kv
     assert keys is not None
     for name, packing, rows in (("packing", request.packing, sizes.seq_q), ("packing_kv", keys, sizes.seq_k)):
-        sequences, _, known_rows, _, _, _, device = packing
+        sequences, _, known_rows, _, _, _, device, _ = packing
         if device != request.q.device and request.q.device.type != "meta":
             raise DeviceError(f"{name} is on {device}, the tensors on {request.q.device}: use {name}.to(q.device)")
         if sizes.layout == "thd" and known_rows is not None and known_rows > rows:

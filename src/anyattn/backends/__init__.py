@@ -9,7 +9,7 @@ from typing import cast
 from anyattn._call import Backend
 
 #: Every backend, the preferred first. A new one is a file of this name here and an entry in this tuple.
-ORDER: tuple[str, ...] = ("varlen", "torch", "reference")
+ORDER: tuple[str, ...] = ("fa4", "varlen", "torch", "reference")
 
 
 @cache

@@ -142,12 +142,20 @@ def load() -> None:
 
 def forward(call: Call) -> Result:
     """See ``Backend.forward``."""
-    return _FORWARD[call.kernel](call)
+    return _FORWARD[call.kernel](_with_contiguous_rows(call))
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:
     """See ``Backend.backward``."""
-    return _BACKWARD[call.kernel](call, saved, dout)
+    return _BACKWARD[call.kernel](_with_contiguous_rows(call), saved, _aten_flash._rowwise(dout))
+
+
+def _with_contiguous_rows(call: Call) -> Call:
+    """The kernels take any strides but the last dim's; the CPU's reads on as if that were 1, and says nothing."""
+    if call.q.stride(-1) == call.k.stride(-1) == call.v.stride(-1) == 1:
+        return call
+    q, k, v = (_aten_flash._rowwise(x) for x in (call.q, call.k, call.v))
+    return call._replace(q=q, k=k, v=v)
 
 
 def _unused_rng(call: Call) -> Tensor:

@@ -28,6 +28,7 @@ CAPABILITIES = (
             "gqa": ALWAYS,
             "deterministic": ALWAYS,
         },
+        writes_gaps=True,
         reads_torch_flag=True,
     ),
 )

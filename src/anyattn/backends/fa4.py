@@ -1,0 +1,345 @@
+"""FlashAttention 4 (the flash-attn-4 package), through its raw entry points.
+
+One pair of functions serves dense and packed batches, takes used lengths, applies softcap and sinks, and takes the
+gradient of lse. Its lse is canonical already. Every call is by keyword and every result is unpacked with a star: the
+order of arguments and the number of results changed between betas. Kernels are compiled at first use, seconds each:
+``load`` asks the package to keep them on disk.
+
+The package also has a forward for sm8x. It is left out: no backward goes with it, and torch's FlashAttention 2 is
+there already.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn._call import Call, Gradients, Result, Saved
+from anyattn._capability import ALWAYS, Capability, HeadDims, Reason, Row, Support
+from anyattn._environment import Probe, distribution_version
+from anyattn._problem import Problem
+
+NAME = "fa4"
+TITLE = "FlashAttention 4"
+INSTALL = "pip install -U flash-attn-4"
+NEWEST = "4.0.0b36"
+
+_ISSUES = "https://github.com/Dao-AILab/flash-attention"
+#: nvidia-cutlass-dsl releases with which backward does not return.
+_HANGING_DSL = ("4.6.0", "4.6.1")
+
+
+# --- which problems a rule speaks of -------------------------------------------------------------------------------
+
+
+def _any(p: Problem) -> bool:
+    return True
+
+
+def _hopper(p: Problem) -> bool:
+    return p.arch // 10 == 9
+
+
+def _blackwell(p: Problem) -> bool:
+    return p.arch // 10 in (10, 11)
+
+
+def _geforce(p: Problem) -> bool:
+    return p.arch // 10 == 12
+
+
+def _gqa(p: Problem) -> bool:
+    return p.num_heads != p.num_kv_heads
+
+
+def _dims(p: Problem) -> tuple[int, int]:
+    return p.head_dim, p.head_dim_v
+
+
+def _blackwell_256(p: Problem) -> bool:
+    return _blackwell(p) and _dims(p) == (256, 256)
+
+
+def _blackwell_dims_unknown(p: Problem) -> bool:
+    return _blackwell(p) and max(_dims(p)) > 128 and _dims(p) not in ((192, 128), (256, 256))
+
+
+def _hopper_dim_rounded(p: Problem) -> bool:
+    """Rounding head_dim to 16, as the kernel does, and to 32, as its accumulator is laid out, differ."""
+    return _hopper(p) and p.head_dim <= 128 and -(-p.head_dim // 16) % 2 == 1
+
+
+def _takes_sink(p: Problem) -> bool:
+    return p.arch // 10 in (9, 10, 11) and not _blackwell_256(p)
+
+
+# --- the rules -----------------------------------------------------------------------------------------------------
+
+_ELSE = "choose another backend"
+_NO_GRAD = "call it under torch.no_grad(), or choose another backend"
+
+
+def _upgrade(version: str) -> str:
+    return f'pip install -U "flash-attn-4>={version}"'
+
+
+def _since(what: str, version: str, link: str = "") -> Reason:
+    """A rule that an upgrade lifts."""
+    return Reason(what, f"flash-attn-4 >= {version}", "an older version", _upgrade(version), link=link)
+
+
+#: What the raw functions refuse, and what they get wrong, by version: read in every wheel from b5 to b36, and in the
+#: issues linked. What is refused there by an assert or fails to compile is a rule as much as what is silently wrong.
+_ROWS = (
+    Row(_any, _since("version", "4.0.0b5"), fixed="4.0.0b5"),
+    # --- head dims
+    Row(
+        _blackwell_dims_unknown,
+        Reason("head_dim", "at most 128, or 192/128, or 256/256, on sm10x and sm11x", "another", _ELSE),
+    ),
+    Row(_blackwell_256, _since("head_dim 256 on sm10x and sm11x", "4.0.0b11"), fixed="4.0.0b11"),
+    Row(
+        lambda p: _hopper(p) and p.head_dim_v > max(p.head_dim, 128),
+        Reason("head_dim_v", "at most head_dim or 128 on sm90, where tiles follow head_dim", "more", _ELSE),
+    ),
+    Row(
+        lambda p: _geforce(p) and max(_dims(p)) > 128,
+        Reason("head_dim", "at most 128 on sm12x, by its shared memory", "more", _ELSE),
+    ),
+    Row(
+        lambda p: p.head_dim % 32 != 0 or p.head_dim_v % 32 != 0,
+        _since("a head_dim that is no multiple of 32, in backward", "4.0.0b30", f"{_ISSUES}/issues/2492"),
+        fixed="4.0.0b30", direction="backward",
+    ),
+    Row(
+        _hopper_dim_rounded,
+        Reason(
+            "head_dim in backward", "a multiple of 32, or 8 less, on sm90", "another",
+            "pad q and k with zeros to a multiple of 32, or choose another backend", link=f"{_ISSUES}/pull/2896",
+        ),
+        since="4.0.0b30", direction="backward",
+    ),
+    Row(
+        lambda p: _hopper(p) and 128 < p.head_dim <= 160,
+        _since("head_dim 136 to 160 in backward on sm90", "4.0.0b30"), fixed="4.0.0b30", direction="backward",
+    ),
+    Row(
+        lambda p: _hopper(p) and p.head_dim > 192,
+        _since("head_dim above 192 in backward on sm90", "4.0.0b31", f"{_ISSUES}/pull/2888"),
+        fixed="4.0.0b31", direction="backward",
+    ),
+    Row(
+        lambda p: _hopper(p) and p.head_dim > 128 and _gqa(p),
+        _since("fewer kv heads with head_dim above 128, in backward on sm90", "4.0.0b31", f"{_ISSUES}/pull/2888"),
+        fixed="4.0.0b31", direction="backward",
+    ),
+    Row(
+        lambda p: _hopper(p) and p.head_dim != p.head_dim_v and _gqa(p),
+        Reason(
+            "fewer kv heads in backward", "head_dim_v equal to head_dim on sm90", "different ones",
+            "pad v with zeros to head_dim, or choose another backend",
+        ),
+        direction="backward",
+    ),
+    Row(
+        lambda p: _blackwell(p) and p.head_dim != p.head_dim_v and _dims(p) != (192, 128),
+        Reason(
+            "head_dim_v in backward", "that of q, or 192/128, on sm10x and sm11x: dv is wrong for others", "another",
+            "pad v with zeros to head_dim, or choose another backend", link=f"{_ISSUES}/issues/2552",
+        ),
+        direction="backward",
+    ),
+    Row(
+        # Wrong for batches of real activations in b11. No version is known to hold the fix.
+        _blackwell_256,
+        Reason(
+            "head_dim in backward", "at most 192 on sm10x and sm11x: gradients of 256 were wrong", "256", _NO_GRAD,
+            link="https://github.com/NVIDIA/TransformerEngine/issues/3216",
+        ),
+        direction="backward",
+    ),
+    Row(
+        lambda p: p.arch // 10 == 11 and p.head_dim >= 128,
+        _since("head_dim 128 and more in backward on sm11x", "4.0.0b15", f"{_ISSUES}/pull/2590"),
+        fixed="4.0.0b15", direction="backward",
+    ),
+    # --- features
+    Row(
+        lambda p: _blackwell_256(p) and (p.left or p.right),
+        _since("sliding windows with head_dim 256 on sm10x and sm11x", "4.0.0b34"), fixed="4.0.0b34",
+    ),
+    Row(
+        lambda p: _blackwell_256(p) and p.softcap,
+        _since("softcap with head_dim 256 on sm10x and sm11x", "4.0.0b34"), fixed="4.0.0b34",
+    ),
+    Row(
+        lambda p: _blackwell_256(p) and p.gaps,
+        _since("rows outside every sequence with head_dim 256 on sm10x and sm11x", "4.0.0b31"), fixed="4.0.0b31",
+    ),
+    Row(
+        lambda p: p.softcap and p.form == "packed",
+        _since("softcap of packed batches in backward", "4.0.0b24", f"{_ISSUES}/pull/2547"),
+        fixed="4.0.0b24", direction="backward",
+    ),
+    Row(
+        # The flag was taken, and dk and dv of a group were summed in any order all the same.
+        lambda p: _hopper(p) and p.deterministic and _gqa(p),
+        _since("a deterministic backward with fewer kv heads on sm90", "4.0.0b12"),
+        fixed="4.0.0b12", direction="backward",
+    ),
+    # --- sm12x
+    Row(
+        _geforce,
+        _since("sm12x, where older versions are silently wrong", "4.0.0b21", f"{_ISSUES}/pull/2553"), fixed="4.0.0b21",
+    ),
+    Row(
+        lambda p: _geforce(p) and p.form == "packed",
+        Reason(
+            "packed batches", "a GPU other than sm12x: illegal memory accesses", "sm12x", _ELSE,
+            link=f"{_ISSUES}/issues/2860",
+        ),
+    ),
+)  # fmt: skip
+
+CAPABILITIES = (
+    Capability(
+        families=(9, 10, 11, 12),
+        dtypes=("float16", "bfloat16"),
+        head_dims=HeadDims(maximum=256, multiple_of=8),
+        features={
+            "dense": ALWAYS,
+            "packed": ALWAYS,
+            "gaps": ALWAYS,
+            "causal": ALWAYS,
+            "window": ALWAYS,
+            "bottom_right": ALWAYS,
+            "gqa": ALWAYS,
+            "unequal_head_dims": Support(families=(9, 10, 11)),
+            # Until b8 the formula was another one, and backward left it out: issues/2396.
+            "softcap": Support(since="4.0.0b9"),
+            "deterministic": Support(backward_families=(9, 10, 11)),
+        },
+        package="flash-attn-4",
+        upgrade=INSTALL,
+        lse_grad="native",
+        # Until b25 bfloat16 only: the core's sink is as right, so older versions need no rule of their own.
+        native_sink=("float16", "bfloat16", "float32"),
+        native_sink_since="4.0.0b26",
+        native_sink_when=_takes_sink,
+        rows=_ROWS,
+    ),
+)
+
+
+# --- the contract --------------------------------------------------------------------------------------------------
+
+_raw_forward: Any = None
+_raw_backward: Any = None
+#: Versions before b26 take pointers and strides as aligned to 16 bytes, whether they are or not.
+_aligns_itself = True
+
+
+def probe() -> Probe:
+    """The installed flash-attn-4, where torch has CUDA and the compiler under it is not one that hangs."""
+    version = distribution_version("flash-attn-4")
+    if version is None:
+        return Probe(None)
+    dsl = distribution_version("nvidia-cutlass-dsl")
+    if dsl in _HANGING_DSL:
+        fix = 'pip install -U "nvidia-cutlass-dsl>=4.6.2"'
+        return Probe(version, f"backward may never return with nvidia-cutlass-dsl {dsl} ({_ISSUES}/issues/2797): {fix}")
+    return Probe(version, "" if torch.backends.cuda.is_built() else "this build of torch has no CUDA")
+
+
+def load() -> None:
+    """Import the kernels' entry points, and leave sys.path as it was.
+
+    One of the package's dependencies puts a folder on sys.path that holds a top-level ``utils``, which would shadow the
+    caller's. Compiled kernels are kept on disk, as ``FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1`` asks of the package:
+    the variable is set here unless the process has a value for it. Where, is ``FLASH_ATTENTION_CUTE_DSL_CACHE_DIR``'s
+    to say.
+    """
+    global _raw_forward, _raw_backward, _aligns_itself
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    path = list(sys.path)
+    try:
+        module: Any = importlib.import_module("flash_attn.cute.interface")
+    finally:
+        sys.path[:] = path
+    _raw_forward, _raw_backward = module._flash_attn_fwd, module._flash_attn_bwd
+    _aligns_itself = "align_bytes" in inspect.signature(module.maybe_contiguous).parameters  # b26 and later
+
+
+def forward(call: Call) -> Result:
+    """See ``Backend.forward``."""
+    spec, sink = call.spec, call.sink
+    q, k, v = (call.q, call.k, call.v) if _aligns_itself else map(_aligned, (call.q, call.k, call.v))
+    causal = spec.right == 0
+    out, lse, *_ = _raw_forward(
+        q=q,
+        k=k,
+        v=v,
+        softmax_scale=spec.scale,
+        causal=causal,
+        softcap=spec.softcap,
+        window_size_left=spec.left,
+        window_size_right=None if causal else spec.right,
+        learnable_sink=None if sink is None else sink.detach().contiguous(),
+        return_lse=spec.need_lse,
+        **_lengths(call),
+    )
+    return Result(out, lse if spec.need_lse else None)
+
+
+def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:
+    """See ``Backend.backward``. The sink is in out and lse already."""
+    spec = call.spec
+    q, k, v = (call.q, call.k, call.v) if _aligns_itself else map(_aligned, (call.q, call.k, call.v))
+    causal = spec.right == 0
+    dq, dk, dv, *_ = _raw_backward(
+        q=q,
+        k=k,
+        v=v,
+        out=saved.out,
+        dout=dout if _aligns_itself else _aligned(dout),
+        lse=saved.lse,
+        softmax_scale=spec.scale,
+        causal=causal,
+        softcap=spec.softcap,
+        window_size_left=spec.left,
+        window_size_right=None if causal else spec.right,
+        deterministic=spec.deterministic,
+        dlse=dlse,
+        **_lengths(call),
+    )
+    return Gradients(dq, dk, dv)
+
+
+_DENSE: dict[str, Any] = {}
+
+
+def _lengths(call: Call) -> dict[str, Any]:
+    """Where the sequences of a packed batch lie. Used lengths only where rows lie between them."""
+    q, k = call.rows_q, call.rows_k
+    if q is None or k is None:
+        return _DENSE
+    return {
+        "cu_seqlens_q": q.starts,
+        "cu_seqlens_k": k.starts,
+        "seqused_q": q.lengths if q.gaps else None,
+        "seqused_k": k.lengths if k.gaps else None,
+        "max_seqlen_q": q.max_seqlen,
+        "max_seqlen_k": k.max_seqlen,
+    }
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy whose rows begin at multiples of 16 bytes."""
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+    return x if fits else x.clone(memory_format=torch.contiguous_format)

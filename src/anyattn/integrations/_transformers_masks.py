@@ -1,0 +1,221 @@
+"""The mask function that transformers calls, once per forward and kind of layer.
+
+transformers describes a mask by functions of indices. Those that anyattn knows (causal, sliding window, bidirectional,
+packed by positions) become a Packing, made here and carried by the returned mask as an attribute: layers find all they
+need on it and wait for nothing. Anything else, and everything under ``torch.compile``, becomes transformers' own
+complete 4-D mask.
+
+What is returned is a 2-D bool tensor, True for a real token, because that is what passes through ``generate`` and
+gradient checkpointing unharmed. It counts from the very first token, so it may be handed in again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn.integrations._layout import Layout, Pattern, Shape, lay_out
+
+_ATTRIBUTE = "_anyattn_facts"
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What one mask of one forward says."""
+
+    shape: Shape
+    """keys: those that hold something."""
+    allocated: int
+    """Key rows that layers will pass; more than ``shape.keys`` with a static cache."""
+    pattern: Pattern
+    real: Tensor | None
+    """bool (B, K) on the CPU; None: no padding."""
+    documents: Tensor | None
+    """integers (B, Q) on the CPU: documents that were found by positions."""
+    layout: Layout
+    device: torch.device | None = None
+    """Where the layout lives."""
+
+
+def facts_of(mask: Tensor) -> Facts | None:
+    """What the mask function noted on a mask."""
+    return None if torch.compiler.is_compiling() else getattr(mask, _ATTRIBUTE, None)
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Tensor | None:
+    """A mask as ``transformers.AttentionMaskInterface`` wants it; see the module's docstring.
+
+    Args:
+        batch_size: B.
+        q_length: Q.
+        kv_length: key rows that the layers will pass.
+        q_offset: position of the first query.
+        kv_offset: position of the first key row.
+        mask_function: (batch, head, query, key indices) -> visible.
+        attention_mask: bool (B, positions), or None.
+        device: of the mask.
+        **options: handed on to transformers' own mask function, where that is used.
+
+    Returns:
+        None: causal and nothing more; a 2-D mask with facts; or a complete 4-D mask.
+    """
+    from transformers import masking_utils
+
+    if mask_function is None:
+        mask_function = masking_utils.causal_mask_function
+    facts = None if attention_mask is None else facts_of(attention_mask)
+    if facts is not None and (*facts.shape[:2], facts.allocated) == (batch_size, q_length, kv_length):
+        return attention_mask
+    known = None if _tracing(attention_mask) or options.get("use_vmap") else _recognize(mask_function)
+    placed = None
+    if known is not None and not _must_materialize(options, packed=known[1] is not None):
+        placed = _place(known[0], q_length, kv_length, q_offset, kv_offset)
+    if known is None or placed is None:
+        mask = masking_utils.sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, device=device,
+            **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+        )  # fmt: skip
+        return _without_padded_queries(mask, attention_mask, q_offset, options)
+    pattern, documents = known
+    shape = Shape(batch_size, q_length, placed)
+    real = _real_keys(attention_mask, kv_offset, placed)
+    if real is None and documents is None and placed == kv_length and pattern == Pattern(causal=True):
+        return None
+    device = torch.device(device)
+    host = None if documents is None else documents.cpu().expand(batch_size, -1)
+    layout = lay_out(shape, pattern, real, host, device=device)
+    mask = _from_the_start(attention_mask, batch_size, kv_offset + placed, kv_offset + kv_length, device)
+    setattr(mask, _ATTRIBUTE, Facts(shape, kv_length, pattern, real, host, layout, device))
+    return mask
+
+
+def _tracing(attention_mask: Tensor | None) -> bool:
+    """Whether nothing may be read from tensors."""
+    if torch.compiler.is_compiling():
+        return True
+    from transformers.utils.import_utils import is_tracing
+
+    return bool(is_tracing(attention_mask))
+
+
+def _must_materialize(options: dict[str, Any], packed: bool) -> bool:
+    """Whether the model asks for a complete mask.
+
+    It does so for a decoding step that will be compiled too, with the mask as its input. Packed positions set the same
+    flag, and need none.
+    """
+    if "allow_is_bidirectional_skip" in options:
+        return options["allow_is_bidirectional_skip"] is False
+    return options.get("allow_is_causal_skip") is False and not packed
+
+
+def _place(pattern: Pattern, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int) -> int | None:
+    """How many key rows hold something; None if queries are not the last of them."""
+    if not pattern.causal and pattern.window is None:
+        return kv_length
+    seen = int(q_offset) + q_length - kv_offset
+    return seen if q_length <= seen <= kv_length else None
+
+
+def _real_keys(attention_mask: Tensor | None, kv_offset: int, keys: int) -> Tensor | None:
+    """Bool (B, K) on the CPU, or None where all are real. The one copy from the device."""
+    if attention_mask is None:
+        return None
+    real = attention_mask[:, kv_offset : kv_offset + keys].cpu() != 0
+    real = torch.nn.functional.pad(real, (0, keys - real.shape[1]))
+    return None if bool(real.all()) else real
+
+
+def _from_the_start(given: Tensor | None, batch: int, seen: int, allocated: int, device: torch.device) -> Tensor:
+    """Bool (B, allocated), True for real tokens: a new tensor, for an attribute must not land on the caller's."""
+    mask = torch.zeros(batch, allocated, dtype=torch.bool, device=device)
+    if given is None:
+        mask[:, :seen] = True
+    else:
+        width = min(seen, given.shape[1])
+        mask[:, :width] = given[:, :width] != 0
+    return mask
+
+
+def _without_padded_queries(
+    mask: Tensor, attention_mask: Tensor | None, q_offset: int | Tensor, options: dict[str, Any]
+) -> Tensor:
+    """Padded rows of self-attention see nothing, so that they come out as 0."""
+    bidirectional = "allow_is_bidirectional_skip" in options
+    if attention_mask is None or bidirectional or not isinstance(q_offset, int):
+        return mask
+    queries = attention_mask[:, q_offset : q_offset + mask.shape[-2]] != 0
+    return mask & queries[:, None, :, None] if queries.shape[1] == mask.shape[-2] else mask
+
+
+# --- reading transformers' mask functions ---
+
+
+def _captured(function: Callable[..., Any]) -> dict[str, Any]:
+    """The variables that a closure holds."""
+    cells = function.__closure__ or ()
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+
+
+def _made_by(function: Callable[..., Any], maker: Callable[..., Any] | None) -> bool:
+    """Whether a closure was returned by this function of transformers."""
+    return maker is not None and function.__code__ in maker.__code__.co_consts
+
+
+def _recognize(function: Callable[..., Any]) -> tuple[Pattern, Tensor | None] | None:
+    """(pattern, document numbers or None) of a mask function; None if it is any other."""
+    from transformers import masking_utils as theirs
+
+    if function is theirs.causal_mask_function:
+        return Pattern(causal=True), None
+    if function is theirs.bidirectional_mask_function:
+        return Pattern(causal=False), None
+    if not hasattr(function, "__code__"):
+        return None
+    captured = _captured(function)
+    if _made_by(function, getattr(theirs, "remap_positions_for_packed_sequence", None)):
+        return _recognize(captured["mask_function"])  # positions within documents: what a packing counts
+    if not _made_by(function, theirs.and_masks):
+        return None
+    return _both(captured["mask_functions"])
+
+
+def _both(parts: tuple[Callable[..., Any], ...]) -> tuple[Pattern, Tensor | None] | None:
+    """The intersection of mask functions."""
+    from transformers import masking_utils as theirs
+
+    causal, window, documents = False, None, None
+    for part in parts:
+        if _made_by(part, theirs.sliding_window_overlay):  # as a causal window; alone it is none
+            window = _captured(part)["sliding_window"] - 1
+            if not any(other is theirs.causal_mask_function for other in parts):
+                return None
+        elif _made_by(part, theirs.sliding_window_bidirectional_overlay):
+            window = _captured(part)["sliding_window"]
+        elif _made_by(part, theirs.packed_sequence_mask_function):
+            documents = _captured(part)["packed_sequence_mask"]
+        else:
+            inner = _recognize(part)
+            if inner is None or (inner[1] is not None and documents is not None):
+                return None
+            if inner[0].window is not None and window is not None:
+                return None
+            causal |= inner[0].causal
+            window = inner[0].window if window is None else window
+            documents = inner[1] if documents is None else documents
+    return Pattern(causal, window), documents

@@ -1,0 +1,112 @@
+"""Cases become tests here: on the CPU always, on CUDA with ``-m gpu``."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch.use_deterministic_algorithms on CUDA
+
+from collections.abc import Callable, Iterator
+
+import cases
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import anyattn
+
+settings.register_profile("anyattn", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("anyattn")
+
+
+def _wants_gpu(config: pytest.Config) -> bool:
+    return "gpu" in (config.option.markexpr or "")
+
+
+def _devices(config: pytest.Config) -> list[str]:
+    return ["cpu", "cuda"] if _wants_gpu(config) and torch.cuda.is_available() else ["cpu"]
+
+
+def _mark(device: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.gpu] if device == "cuda" else []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``case``: every generated case. ``target``: every kernel that runs. ``device``: "cpu", and "cuda" with -m gpu."""
+    devices = _devices(metafunc.config)
+    if "case" in metafunc.fixturenames:
+        found = [pytest.param(c, id=c.id, marks=_mark(d)) for d in devices for c in cases.generate(d)]
+        metafunc.parametrize("case", found)
+    if "target" in metafunc.fixturenames:
+        found = [pytest.param(t, id=t.id, marks=_mark(d)) for d in devices for t in cases.targets(d)]
+        metafunc.parametrize("target", found)
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", [pytest.param(d, marks=_mark(d)) for d in devices])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked gpu run with -m gpu only, and are skipped there if there is no GPU."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not _wants_gpu(config):
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in set(gpu)]
+    elif not torch.cuda.is_available():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _clean_state() -> Iterator[None]:
+    """One seed per test, and no state left behind."""
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """A process that has chosen nothing yet; call it to forget again."""
+    from anyattn import _select
+
+    monkeypatch.delenv("ANYATTN_BACKEND", raising=False)
+
+    def forget() -> None:
+        _select.forget_world()
+        _select.choose.cache_clear()
+        forget_prepared()
+
+    forget()
+    yield forget
+    monkeypatch.undo()
+    forget()
+
+
+def forget_prepared() -> None:
+    """Empty the cache of prepared calls."""
+    from anyattn import _api
+
+    cache = getattr(_api, "_prepared", None)
+    if cache is not None:
+        cache.clear()
+
+
+@pytest.fixture
+def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any kernel that runs fails the test."""
+    for name in cases.BACKENDS.ORDER:
+        backend = cases.BACKENDS.get(name)
+        for way in ("forward", "backward"):
+            monkeypatch.setattr(backend, way, _reached(name, way))
+
+
+def _reached(name: str, way: str) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        pytest.fail(f"{name}.{way} was reached")
+
+    return fail
+
+
+@pytest.fixture
+def packing() -> anyattn.Packing:
+    """Three sequences with padding between them: rows 0-2, 4-4 empty, 4-8 real of 12."""
+    return anyattn.Packing.from_lengths([3, 0, 5], pad_to_multiple_of=4)

@@ -1,0 +1,286 @@
+"""A double of flash_attn.cute.interface (flash-attn-4), of any recorded version, on an imagined GPU.
+
+It binds every call to that version's signature, refuses what that version's code refuses, returns as many values, and
+leaves NaN where the real kernels leave memory as it was. Measured on an H200 with 4.0.0b36:
+
+- rows beyond the used lengths are not written, in out, lse and gradients (they held up to 2.4e24);
+- whole tiles are loaded: NaN in rows after a sequence's end makes every row of that sequence NaN, in q, k, v and dout.
+
+Read in the wheels: lse is float32, natural log, (B, H, S) or (H, T), -inf for a row that sees no key, the sink's value
+with a sink; window sides are None where unbounded; a length above max_seqlen is cut without a word.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from doubles import plain
+
+RECORDED: dict[str, list[dict[str, Any]]] = json.loads(
+    (Path(__file__).parents[1] / "signatures" / "fa4.json").read_text()
+)
+TILE = 128
+
+
+def versions() -> list[str]:
+    """Every recorded version, oldest first."""
+    return [v for entry in RECORDED["_flash_attn_bwd"] for v in entry["versions"]]
+
+
+def entry(function: str, version: str) -> dict[str, Any]:
+    """What is recorded of one function of one version."""
+    return next(e for e in RECORDED[function] if version in e["versions"])
+
+
+def signature(function: str, version: str) -> inspect.Signature:
+    """A function's signature in one version; defaults are source text."""
+    made = []
+    for name, default in entry(function, version)["parameters"]:
+        kind = inspect.Parameter.KEYWORD_ONLY if name.startswith("*") else inspect.Parameter.POSITIONAL_OR_KEYWORD
+        made.append(
+            inspect.Parameter(name.lstrip("*"), kind, default=inspect.Parameter.empty if default is None else default)
+        )
+    return inspect.Signature(made)
+
+
+@dataclass
+class Sequence:
+    """Where one sequence of one side lies: rows of a flattened tensor."""
+
+    start: int
+    length: int
+    room: int
+    """Rows until the next one begins."""
+
+
+@dataclass
+class Interface:
+    """What ``import flash_attn.cute.interface`` would give. ``calls`` are the keyword arguments of every call."""
+
+    version: str = "4.0.0b36"
+    arch: int = 90
+    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    maybe_contiguous: Callable[..., Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self._at_least("b26"):
+            self.maybe_contiguous = _aligned_copy
+        else:
+            self.maybe_contiguous = _last_contiguous
+
+    def _at_least(self, beta: str) -> bool:
+        return Version(self.version) >= Version(f"4.0.0{beta}")
+
+    @property
+    def family(self) -> int:
+        """GPU generation."""
+        return self.arch // 10
+
+    def _bind(self, function: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        signature(function, self.version).bind(**kwargs)
+        self.calls.append((function, kwargs))
+        return kwargs
+
+    # --- what the raw functions refuse ------------------------------------------------------------------------------
+
+    def _check_tensors(self, g: dict[str, Any]) -> None:
+        q, k, v = g["q"], g["k"], g["v"]
+        assert q.dtype in (torch.float16, torch.bfloat16), "inputs must be float16 or bfloat16"
+        assert q.dtype == k.dtype == v.dtype, "inputs must have the same dtype"
+        packed = [g.get("cu_seqlens_q") is not None, g.get("cu_seqlens_k") is not None]
+        assert [q.ndim == 3, k.ndim == 3] == packed
+        assert k.shape[:-1] == v.shape[:-1]
+        assert q.shape[-1] == k.shape[-1]
+        assert q.shape[-2] % k.shape[-2] == 0, "num_head must be divisible by num_head_kv"
+        for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
+            if (x := g.get(name)) is not None:
+                assert x.dtype == torch.int32, f"{name} must be int32"
+                assert x.stride(0) == 1, f"{name} must be contiguous"
+                batch = g["cu_seqlens_q"].shape[0] - 1
+                assert x.shape == (batch + name.startswith("cu"),)
+        for name in ("max_seqlen_q", "max_seqlen_k"):  # a tensor there would enter the compile key
+            assert g.get(name) is None or type(g[name]) is int
+        for name in ("window_size_left", "window_size_right"):
+            assert g.get(name) is None or g[name] >= 0, "-1 is a bound here: unbounded is None"
+        assert isinstance(g["causal"], bool)
+        if not self._at_least("b26"):
+            for x in (q, k, v, g.get("dout", q)):
+                strides = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
+                assert x.data_ptr() % 16 == 0, "misaligned"
+                assert all(s % 8 == 0 for s in strides), "misaligned"
+        assert 0 not in q.shape, "an empty problem: old betas do not expect one"
+        assert 0 not in k.shape, "an empty problem: old betas do not expect one"
+
+    def _check_dims(self, g: dict[str, Any]) -> None:
+        dim, dim_v = g["q"].shape[-1], g["v"].shape[-1]
+        assert dim % 8 == 0, "head_dim must be divisible by 8"
+        assert dim_v % 8 == 0, "head_dim must be divisible by 8"
+        if self.family == 9:
+            assert max(dim, dim_v) <= 256
+            assert dim_v <= max(dim, 128), "no tile fits"
+        elif self.family in (10, 11):
+            more = [(192, 128)] + [(256, 256)] * self._at_least("b11")
+            assert max(dim, dim_v) <= 128 or (dim, dim_v) in more
+        else:
+            assert max(dim, dim_v) <= 128, "shared memory"
+            assert dim == dim_v
+            assert self._at_least("b21"), "silently wrong: pull/2553"
+            assert g.get("cu_seqlens_q") is None, "illegal memory access: issues/2860"
+        if self.family in (10, 11) and dim == 256 and not self._at_least("b34"):
+            assert not g["softcap"]
+            assert g.get("learnable_sink") is None
+            assert g.get("window_size_left") is None
+            assert not g.get("window_size_right")
+            assert self._at_least("b31") or (g.get("seqused_q") is None and g.get("seqused_k") is None)
+        if g["softcap"]:
+            assert self._at_least("b9"), "another formula: issues/2396"
+
+    def _check_backward(self, g: dict[str, Any]) -> None:
+        q, v, heads, kv_heads = g["q"], g["v"], g["q"].shape[-2], g["k"].shape[-2]
+        dim, dim_v, gqa = q.shape[-1], v.shape[-1], heads != kv_heads
+        assert g["out"].shape == g["dout"].shape == (*q.shape[:-1], dim_v)
+        lse_shape = (heads, q.shape[0]) if q.ndim == 3 else (q.shape[0], heads, q.shape[1])
+        assert g["lse"].shape == lse_shape
+        assert g["lse"].dtype == torch.float32
+        assert g["dlse"] is None or (g["dlse"].shape, g["dlse"].dtype) == (lse_shape, torch.float32)
+        assert q.dtype == g["out"].dtype == g["dout"].dtype, "inputs must have the same dtype"
+        if not self._at_least("b30"):
+            assert dim % 32 == 0, "does not compile: issues/2492"
+            assert dim_v % 32 == 0, "does not compile: issues/2492"
+        if self.family == 9:
+            if self._at_least("b30") and dim <= 128:
+                assert (-(-dim // 16) * 16) % 32 == 0, "dq silently wrong: pull/2896"
+            if not self._at_least("b31"):
+                assert dim <= 192
+                assert not (gqa and dim > 128)
+            assert self._at_least("b30") or not 128 < dim <= 160
+            assert not gqa or dim == dim_v
+            assert not (g["deterministic"] and gqa) or self._at_least("b12"), "not deterministic in truth"
+        elif self.family in (10, 11):
+            assert dim == dim_v or (dim, dim_v) == (192, 128), "dv silently wrong: issues/2552"
+            assert dim != 256, "silently wrong: TransformerEngine/issues/3216"
+            assert self.family == 10 or dim < 128 or self._at_least("b15")
+        else:
+            assert not g["deterministic"], "deterministic backward not supported on SM 12.0"
+        if g["softcap"] and g.get("cu_seqlens_q") is not None:
+            assert self._at_least("b24"), "varlen + score_mod not supported in bwd yet"
+
+    # --- the raw functions ------------------------------------------------------------------------------------------
+
+    def _flash_attn_fwd(self, **kwargs: Any) -> tuple[Any, ...]:
+        g = self._bind("_flash_attn_fwd", kwargs)
+        self._check_tensors(g)
+        self._check_dims(g)
+        sink = g.get("learnable_sink")
+        if sink is not None:
+            assert self.family in (9, 10, 11), "Learnable sink is not supported in this kernel"
+            allowed = (torch.float16, torch.bfloat16, torch.float32) if self._at_least("b26") else (torch.bfloat16,)
+            assert sink.dtype in allowed
+            assert sink.shape == (g["q"].shape[-2],)
+            assert not sink.requires_grad, "cannot be exported"
+        q, k, v = g["q"].detach(), g["k"].detach(), g["v"].detach()
+        heads = q.shape[-2]
+        out = plain.poisoned(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+        lse = plain.poisoned(*_lse_shape(q), dtype=torch.float32)
+        flat_out, flat_lse = _rows(out), plain.poisoned(heads, _rows(q).shape[0], dtype=torch.float32)
+        for one, two in _pairs(g):
+            rows, keys = slice(one.start, one.start + one.length), slice(two.start, two.start + two.length)
+            seen = plain.visible(one.length, two.length, *_window(g))
+            o, l = plain.forward(
+                _rows(q)[rows], _rows(k)[keys], _rows(v)[keys], seen, g["softmax_scale"], g["softcap"], sink
+            )
+            if _spoiled(_rows(q), one) or _spoiled(_rows(k), two) or _spoiled(_rows(v), two):
+                o, l = o * float("nan"), l * float("nan")
+            written = slice(one.start, one.start + min(one.length, _limit(g, "q")))
+            flat_out[written] = o[: written.stop - written.start].to(out.dtype)
+            flat_lse[:, written] = l[:, : written.stop - written.start]
+        lse.copy_(flat_lse if q.ndim == 3 else flat_lse.unflatten(1, q.shape[:2]).transpose(0, 1))
+        needed = g["return_lse"] or any(g[n].requires_grad for n in "qkv")
+        values = max(entry("_flash_attn_fwd", self.version)["returns"])
+        return (out, lse if needed else None, *(None,) * (values - 2))
+
+    def _flash_attn_bwd(self, **kwargs: Any) -> tuple[Any, ...]:
+        g = self._bind("_flash_attn_bwd", kwargs)
+        self._check_tensors(g)
+        self._check_dims(g)
+        self._check_backward(g)
+        assert g.get("learnable_sink") is None, "the final lse says all"
+        q, k, v, out, dout = (g[n].detach() for n in ("q", "k", "v", "out", "dout"))
+        grads = [plain.poisoned(*x.shape, dtype=x.dtype) for x in (q, k, v)]
+        dq, dk, dv = (_rows(x) for x in grads)
+        lse, dlse = _flat_lse(g["lse"].detach()), None if g["dlse"] is None else _flat_lse(g["dlse"])
+        # 2 ** (x - 0) where lse is -inf: a row without keys counts for nothing, its scores being masked
+        lse = lse.masked_fill(lse == -plain.INF, 0.0)
+        for one, two in _pairs(g):
+            rows, keys = slice(one.start, one.start + one.length), slice(two.start, two.start + two.length)
+            seen = plain.visible(one.length, two.length, *_window(g))
+            got = plain.backward(
+                _rows(q)[rows], _rows(k)[keys], _rows(v)[keys], _rows(out)[rows], lse[:, rows], _rows(dout)[rows], seen,
+                g["softmax_scale"], g["softcap"], None if dlse is None else dlse[:, rows],
+            )[:3]  # fmt: skip
+            sides = ((q, one), (dout, one), (k, two), (v, two))
+            if any(_spoiled(_rows(x), where) for x, where in sides):
+                got = tuple(x * float("nan") for x in got)
+            for grad, place, x, side in ((dq, one, got[0], "q"), (dk, two, got[1], "k"), (dv, two, got[2], "k")):
+                length = min(place.length, _limit(g, side))
+                grad[place.start : place.start + length] = x[:length].to(grad.dtype)
+        return tuple(grads)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _aligned_copy(tensor: Tensor, align_bytes: int = 16) -> Tensor:
+    return tensor if tensor.data_ptr() % align_bytes == 0 else tensor.clone()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(T, H, D), a view: dense batches are one sequence after the other."""
+    return x if x.ndim == 3 else (x if x.is_contiguous() else x.contiguous()).flatten(0, 1)
+
+
+def _lse_shape(q: Tensor) -> tuple[int, ...]:
+    return (q.shape[1], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1])
+
+
+def _flat_lse(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.transpose(0, 1).flatten(1, 2)
+
+
+def _window(g: dict[str, Any]) -> tuple[int | None, int | None]:
+    return g["window_size_left"], 0 if g["causal"] else g["window_size_right"]
+
+
+def _limit(g: dict[str, Any], side: str) -> int:
+    """Rows that the grid covers."""
+    bound: int | None = g.get(f"max_seqlen_{side}")
+    return g[side].shape[0 if g[side].ndim == 3 else 1] if bound is None else bound
+
+
+def _places(g: dict[str, Any], side: str) -> Iterator[Sequence]:
+    x, used = g[side], g.get(f"seqused_{side}")
+    bounds = [i * x.shape[1] for i in range(x.shape[0] + 1)] if x.ndim == 4 else g[f"cu_seqlens_{side}"].tolist()
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        yield Sequence(start, end - start if used is None else int(used[i]), end - start)
+
+
+def _pairs(g: dict[str, Any]) -> Iterator[tuple[Sequence, Sequence]]:
+    return zip(_places(g, "q"), _places(g, "k"), strict=True)
+
+
+def _spoiled(x: Tensor, place: Sequence) -> bool:
+    """Whether the tiles of a sequence hold NaN in rows after its end."""
+    end = place.start + place.length
+    reach = place.start + -(-place.length // TILE) * TILE
+    return bool(x[end:reach].isnan().any())
