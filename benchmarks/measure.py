@@ -59,7 +59,10 @@ def host_us(*thunks: Thunk, calls: int = 400, rounds: int = 9, warm_up: int = 50
 
 
 def device_ms(*thunks: Thunk, rounds: int = 25, inner: int = 4) -> list[float]:
-    """Milliseconds of device time per call of each, interleaved, median of rounds."""
+    """Milliseconds of device time per call of each, interleaved, median of rounds.
+
+    The device is kept busy first, so that the calls are queued when they are timed: host time does not enter.
+    """
     for thunk in thunks:
         for _ in range(3):
             thunk()
@@ -67,6 +70,7 @@ def device_ms(*thunks: Thunk, rounds: int = 25, inner: int = 4) -> list[float]:
     for _ in range(rounds):
         for thunk, taken in zip(thunks, times, strict=True):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(6_000_000)  # about 3 ms
             start.record()
             for _ in range(inner):
                 thunk()

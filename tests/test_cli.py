@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import anyattn
-from anyattn import _select, _support
+from anyattn import _api, _select, _support
 from anyattn._capability import ALWAYS, FEATURE_NAMES, Capability, HeadDims, Reason, Row, Support
 from anyattn._environment import Probe
 from anyattn.cli import _app, _doctor, _render, main
@@ -118,7 +118,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     order = tuple(fake.NAME for fake in _FAKES)
     for fake in _FAKES:
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    for module in (backends, _support):
+    for module in (backends, _support, _select, _api):
         monkeypatch.setattr(module, "ORDER", order)
     _select.forget_world()
     yield
@@ -194,12 +194,12 @@ beta:slow   able      3.1
 beta:quick  rejected  3.1      dtype: needs float32, got bfloat16           cast q, k and v, or use torch.autocast
                                head_dim: needs at most 64, got 128          choose another backend
                                head_dim_v: needs at most 64, got 128        choose another backend
-                               softcap: needs a kernel that has softcap,    choose another backend
-                               got one without
+                               softcap: needs a kernel that has it, got     choose another backend
+                               one without
                                backward: needs a kernel with a backward,    call it under torch.no_grad(), or choose
                                got sm90                                     another backend
-gamma       rejected  3.1      softcap: needs a kernel that has softcap,    choose another backend
-                               got one without
+gamma       rejected  3.1      softcap: needs a kernel that has it, got     choose another backend
+                               one without
 """
 _GOLDEN_NONE = """\
 bf16, batch 1, seq 4, heads 32/8, head_dim 192/100, causal (top-left), window 3,none, dropout 0.1, forward and backward.
@@ -212,12 +212,12 @@ kernel      verdict   version  why not                                      what
 alpha       rejected  3.1      head_dim_v: needs a multiple of 8, got 100   pad q, k and v to 104 with zeros
                                head_dim_v other than head_dim: needs a GPU  use such a GPU or another backend
                                of sm90, got sm100
-                               dropout: needs a kernel that has dropout,    choose another backend
-                               got one without
+                               dropout: needs a kernel that has it, got     choose another backend
+                               one without
                                head_dim in backward: needs at most 128,     call it under torch.no_grad(), or choose
                                got 192                                      another backend
                                sliding windows in backward: needs a kernel  choose another backend
-                               that has sliding windows, got one without
+                               that has it, got one without
                                fewer kv heads than heads in backward:       pip install -U alpha-kernels
                                needs alpha-kernels >= 3.2, got 3.1
                                causal masking: needs lengths that are       wait for 4.0
@@ -227,31 +227,31 @@ beta:quick  rejected  3.1      device: needs CPU, sm90, got sm100           choo
                                dtype: needs float32, got bfloat16           cast q, k and v, or use torch.autocast
                                head_dim: needs at most 64, got 192          choose another backend
                                head_dim_v: needs at most 64, got 100        choose another backend
-                               sliding windows: needs a kernel that has     choose another backend
-                               sliding windows, got one without
-                               fewer kv heads than heads: needs a kernel    choose another backend
-                               that has fewer kv heads than heads, got one
-                               without
-                               head_dim_v other than head_dim: needs a      choose another backend
-                               kernel that has head_dim_v other than
-                               head_dim, got one without
-                               dropout: needs a kernel that has dropout,    choose another backend
+                               causal masking: needs a kernel that has it,  choose another backend
                                got one without
+                               sliding windows: needs a kernel that has     choose another backend
+                               it, got one without
+                               fewer kv heads than heads: needs a kernel    choose another backend
+                               that has it, got one without
+                               head_dim_v other than head_dim: needs a      choose another backend
+                               kernel that has it, got one without
+                               dropout: needs a kernel that has it, got     choose another backend
+                               one without
                                backward: needs a kernel with a backward,    call it under torch.no_grad(), or choose
                                got sm100                                    another backend
 beta:slow   rejected  3.1      device: needs CPU, sm90, got sm100           choose another backend
 gamma       rejected  3.1      device: needs sm90, got sm100                choose another backend
                                head_dim: needs at most 128, got 192         choose another backend
-                               sliding windows: needs a kernel that has     choose another backend
-                               sliding windows, got one without
-                               fewer kv heads than heads: needs a kernel    choose another backend
-                               that has fewer kv heads than heads, got one
-                               without
-                               head_dim_v other than head_dim: needs a      choose another backend
-                               kernel that has head_dim_v other than
-                               head_dim, got one without
-                               dropout: needs a kernel that has dropout,    choose another backend
+                               causal masking: needs a kernel that has it,  choose another backend
                                got one without
+                               sliding windows: needs a kernel that has     choose another backend
+                               it, got one without
+                               fewer kv heads than heads: needs a kernel    choose another backend
+                               that has it, got one without
+                               head_dim_v other than head_dim: needs a      choose another backend
+                               kernel that has it, got one without
+                               dropout: needs a kernel that has it, got     choose another backend
+                               one without
 """
 _GOLDEN_STR = """\
 alpha 3.1 runs bfloat16 on sm90, seq 8192, heads 8, head_dim 128, dense, softcap, forward
@@ -260,8 +260,8 @@ alpha 3.1 runs bfloat16 on sm90, seq 8192, heads 8, head_dim 128, dense, softcap
   beta:quick  rejected  dtype: needs float32, got bfloat16; cast q, k and v, or use torch.autocast
   beta:quick  rejected  head_dim: needs at most 64, got 128; choose another backend
   beta:quick  rejected  head_dim_v: needs at most 64, got 128; choose another backend
-  beta:quick  rejected  softcap: needs a kernel that has softcap, got one without; choose another backend
-  gamma       rejected  softcap: needs a kernel that has softcap, got one without; choose another backend
+  beta:quick  rejected  softcap: needs a kernel that has it, got one without; choose another backend
+  gamma       rejected  softcap: needs a kernel that has it, got one without; choose another backend
 """
 
 

@@ -177,7 +177,7 @@ def _feature_reason(
     support = capability.features.get(name)
     if support is None or (way == "backward" and not support.backward):
         remedy = _FEATURE_REMEDIES.get(name, "choose another backend")
-        return Reason(what, f"a kernel that has {FEATURE_NAMES[name]}", "one without", remedy)
+        return Reason(what, "a kernel that has it", "one without", remedy)
     family = problem.arch // 10
     families = support.families
     since = support.since

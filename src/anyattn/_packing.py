@@ -241,7 +241,7 @@ class Packing:
         Example::
 
             >>> Packing.from_lengths([100, 257, 0, 300], pad_to_multiple_of=64).rows
-            832
+            768
         """
         if isinstance(lengths, Tensor):
             lengths = lengths.tolist()

@@ -83,7 +83,7 @@ class Problem:
         asked = {
             self.form: True,
             "gaps": self.gaps,
-            "causal": self.causal and not self.left,
+            "causal": self.causal,
             "window": self.left or self.right,
             "bottom_right": unequal and not self.top_left,
             "top_left": unequal and self.top_left,

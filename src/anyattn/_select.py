@@ -150,7 +150,10 @@ traced_preference: Preference | None = None
 def _environment_preference() -> Preference:
     """``ANYATTN_BACKEND``, read once: looking it up costs as much as all the rest of a cached choice."""
     value = os.environ.get("ANYATTN_BACKEND", "")
-    return parse_preference(value) if value else AUTO
+    try:
+        return parse_preference(value) if value else AUTO
+    except InvalidArgument as error:
+        raise UnknownBackend(f"ANYATTN_BACKEND={value}: {error}") from None
 
 
 def default_preference() -> Preference:
@@ -248,7 +251,7 @@ def load(name: str) -> bool:
     """Import a backend's kernels. False, and a reason from then on, if that fails in any way."""
     try:
         get_backend(name).load()
-    except Exception as error:  # kernel packages fail with AttributeError, TypeError and OSError too
+    except (Exception, SystemExit) as error:  # kernel packages fail with AttributeError, TypeError and OSError too
         global _world
         _broken[name] = one_line(error)
         _world = None

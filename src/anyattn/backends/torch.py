@@ -43,7 +43,7 @@ _EFFICIENT_WINDOW = Reason(
 )
 _EFFICIENT_EMPTY = Reason(
     "bottom-right causal", "no query sequence longer than its keys", "lengths that may be",
-    "choose another backend", link="rows without keys come out wrong: benchmarks/results",
+    "choose another backend: rows without keys come out wrong",
 )  # fmt: skip
 _BIAS_DTYPE = Reason("bias's dtype", "that of q", "another", "cast bias, or choose another backend")
 
