@@ -58,9 +58,9 @@ class Attention(torch.autograd.Function):
         dsink = None
         if sink is not None and ctx.needs_input_grad[5]:
             dsink = _core.sink_gradient(sink, saved, dout, dlse)
-        leave = p.layout.leave
+        leave, leave_keys = p.layout.leave, p.layout.leave_keys
         shaped = None if dbias is None or bias is None else dbias.reshape(bias.shape)
-        return None, None, leave(dq), leave(dk), leave(dv), dsink, shaped
+        return None, None, leave(dq), leave_keys(dk), leave_keys(dv), dsink, shaped
 
 
 def _four_dims(bias: Tensor | None) -> Tensor | None:

@@ -35,6 +35,8 @@ class Layout:
     flattened: bool
     """4-D tensors with a packing: entries are flattened to rows."""
     batch: int
+    seq_q: int
+    seq_k: int
     is_identity: bool
     """The caller's layout is the kernel's."""
 
@@ -47,9 +49,16 @@ class Layout:
         return x.flatten(0, 1) if self.flattened else x
 
     def leave(self, x: Tensor) -> Tensor:
-        """To the caller's layout."""
+        """To the caller's layout: out, dq."""
+        return self._leave(x, self.seq_q)
+
+    def leave_keys(self, x: Tensor) -> Tensor:
+        """To the caller's layout: dk, dv."""
+        return self._leave(x, self.seq_k)
+
+    def _leave(self, x: Tensor, seq: int) -> Tensor:
         if self.flattened:
-            x = x.unflatten(0, (self.batch, -1)) if self.batch else x.unsqueeze(0)[:0]
+            x = x.unflatten(0, (self.batch, seq))
         if self.name == "bhsd":
             return x.transpose(1, 2)
         return x.transpose(0, 1) if self.name == "sbhd" else x
@@ -60,9 +69,7 @@ class Layout:
 
     def leave_lse(self, x: Tensor) -> Tensor:
         """(H, T) to (B, H, S), where entries are flattened."""
-        if not self.flattened:
-            return x
-        return x.unflatten(1, (self.batch, -1)).transpose(0, 1) if self.batch else x.new_zeros(0, x.shape[0], 0)
+        return x.unflatten(1, (self.batch, self.seq_q)).transpose(0, 1) if self.flattened else x
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +266,8 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         sizes.layout,
         packed and sizes.layout != "thd",
         sizes.batch,
+        sizes.seq_q,
+        sizes.seq_k,
         sizes.layout == "thd" or (sizes.layout == "bshd" and not packed),
     )
     around = (

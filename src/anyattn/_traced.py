@@ -260,7 +260,7 @@ def _backward_op(
     request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, static)
     p = _prepare(request)
     x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k)
-    enter, leave = p.layout.enter, p.layout.leave
+    enter, layout = p.layout.enter, p.layout
     call = _core.make_call(p, enter(q), enter(k), enter(v), None, _four_dims(bias), x)
     saved = Saved(enter(out), p.layout.enter_lse(lse), rng)
     dout = enter(dout)
@@ -271,7 +271,7 @@ def _backward_op(
     if sink is not None and request.sink is not None and request.sink.requires_grad:
         dsink = _core.sink_gradient(sink, saved, dout, dlse)
     shaped = none.clone() if dbias is None or bias is None else dbias.reshape(bias.shape)
-    dq, dk, dv = (leave(g).contiguous() for g in (dq, dk, dv))
+    dq, dk, dv = layout.leave(dq).contiguous(), layout.leave_keys(dk).contiguous(), layout.leave_keys(dv).contiguous()
     return dq, dk, dv, dsink, shaped.contiguous()
 
 

@@ -11,8 +11,20 @@ import torch
 from torch import Tensor
 
 from anyattn._call import Call, Gradients, Result, Saved
+from anyattn._capability import Reason, Row
 
 INF = float("inf")
+
+#: The kernel takes an unbounded right side, beside a bounded left one, as the longest key length. That hides keys from
+#: queries further before the first key than there are keys: seen on an H200 with torch 2.11, forward too.
+OPEN_RIGHT = Row(
+    lambda p: p.left and not p.causal and p.relation == "any",
+    Reason(
+        "a window bounded on the left", "causal, or query sequences known not to be longer than their keys",
+        "other lengths",
+        "add a bound on the right by causal=True, or choose another backend",
+    ),
+)  # fmt: skip
 
 
 def _offsets(call: Call) -> tuple[Tensor | None, Tensor | None, int, int]:

@@ -75,6 +75,7 @@ CAPABILITIES = (
         head_dims=HeadDims(maximum=256, multiple_of=8),
         features=dict.fromkeys(("dense", "causal", "window", "bottom_right", "gqa", "deterministic"), ALWAYS),
         reads_torch_flag=True,
+        rows=(_aten_flash.OPEN_RIGHT,),
     ),
     Capability(
         kernel="efficient",
@@ -262,7 +263,11 @@ def _efficient_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
     )  # fmt: skip
     summed = None
     if call.bias is not None:
-        summed = dbias[..., : call.k.shape[1]].float().sum_to_size(call.bias.shape).to(call.bias.dtype)
+        dbias = dbias[..., : call.k.shape[1]].float()
+        if call.spec.right is not None:  # what causal hides is not written
+            hidden = ~_position_mask(call.spec, rows, call.k.shape[1], call.q.device)
+            dbias = dbias.masked_fill(hidden, 0.0)
+        summed = dbias.sum_to_size(call.bias.shape).to(call.bias.dtype)
     return Gradients(dq, dk, dv, summed)
 
 

@@ -30,6 +30,7 @@ CAPABILITIES = (
         },
         writes_gaps=True,
         reads_torch_flag=True,
+        rows=(_aten_flash.OPEN_RIGHT,),
     ),
 )
 
