@@ -180,7 +180,7 @@ def test_fa4_limits_are_named(on: str, version: str, changes: dict[str, str], wh
     with pretend(on, fa4=version):
         explanation = cases.build(replace(_FA4, **changes)).explain()
     reasons = explanation.rejected["fa4"]
-    assert any(what in reason.needs for reason in reasons), explanation
+    assert any(what in f"{reason.what}: {reason.needs}" for reason in reasons), explanation
     assert all(reason.remedy for reason in reasons)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from anyattn import _core
-from anyattn._call import Call, Saved
+from anyattn._call import Saved
 from anyattn._core import Inputs, Prepared
+from anyattn._errors import Unsupported
 
 
 class Attention(torch.autograd.Function):
@@ -35,14 +35,24 @@ class Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # The offsets are saved too, so that refilling a Packing before backward is an error and not a wrong gradient.
         offsets = [None if rows is None else rows.starts for rows in (x.rows_q, x.rows_k)]
-        ctx.save_for_backward(call.q, call.k, call.v, sink, bias, out, lse, rng, x.alibi, x.mask, *offsets)
+        ctx.save_for_backward(q, k, v, sink, bias, out, lse, rng, x.alibi, x.mask, *offsets)
         returned = p.layout.leave_lse(lse).float() if p.return_lse and lse is not None else None
         return p.layout.leave(out), returned
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, sink and bias, in the caller's layout."""
+        with torch.no_grad():
+            found = Attention.gradients(ctx, dout, dlse)
+        if torch.is_grad_enabled():  # create_graph=True
+            anchors = [x for x in ctx.saved_tensors[:5] if x is not None and x.requires_grad]
+            once: Any = NoSecondBackward.apply
+            return tuple(None if g is None else once(g, *anchors) for g in found)
+        return found
+
+    @staticmethod
+    def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The work of backward."""
         p: Prepared = ctx.prepared
         x: Inputs = ctx.inputs
         q, k, v, sink, bias, out, lse, rng, *_ = ctx.saved_tensors
@@ -51,9 +61,8 @@ class Attention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else p.layout.enter(dout)
         dlse = None if dlse is None else p.layout.enter_lse(dlse)
         saved = Saved(out, lse, rng)
-        call = Call(
-            q, k, v, p.spec, p.kernel.name, x.rows_q, x.rows_k, None, x.alibi, _four_dims(bias), x.mask, x.block_mask
-        )  # fmt: skip
+        enter = p.layout.enter
+        call = _core.make_call(p, enter(q), enter(k), enter(v), None, _four_dims(bias), x)
         dq, dk, dv, dbias = _core.backward(p, call, saved, dout, dlse)
         dsink = None
         if sink is not None and ctx.needs_input_grad[5]:
@@ -61,6 +70,23 @@ class Attention(torch.autograd.Function):
         leave, leave_keys = p.layout.leave, p.layout.leave_keys
         shaped = None if dbias is None or bias is None else dbias.reshape(bias.shape)
         return None, None, leave(dq), leave_keys(dk), leave_keys(dv), dsink, shaped
+
+
+class NoSecondBackward(torch.autograd.Function):
+    """A gradient that cannot be differentiated again, and says so: nothing drops a second-order term silently."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *anchors: Tensor) -> Tensor:
+        """The gradient itself; anchors tie it to what it would be differentiated by."""
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        """Raise."""
+        raise Unsupported(
+            "attention() has no double backward: leave out create_graph=True, or call F.scaled_dot_product_attention "
+            "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH) where second-order gradients are needed"
+        )
 
 
 def _four_dims(bias: Tensor | None) -> Tensor | None:
