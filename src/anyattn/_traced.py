@@ -7,6 +7,7 @@ backend works under ``fullgraph=True``, and a new length compiles nothing. Tenso
 from __future__ import annotations
 
 import ast
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -56,11 +57,14 @@ def attention(
         q, k, v = q.transpose(*swap), k.transpose(*swap), v.transpose(*swap)
     grad = torch.is_grad_enabled()
     preference = _select.traced_preference
-    relation = "any"
-    if t.packing is not None:
-        relation = "equal" if t.packing_kv is None else t.packing.relation(t.packing_kv)
+    # Comparing two packings' lengths here would make every length a guard: other keys count as of any length.
+    relation = "equal" if t.packing is not None and t.packing_kv in (None, t.packing) else "any"
+    left, right = (None, None) if window is None else window
+    # What may vary from call to call is an argument, so that it can become symbolic; -1 and NaN stand for None.
+    sides = [-1 if left is None else left, -1 if right is None else right]
+    factors = [math.nan if scale is None else scale, math.nan if softcap is None else softcap, dropout]
     static = repr((
-        causal, None if window is None else tuple(window), scale, softcap, dropout, "thd" if q.ndim == 3 else "bshd",
+        causal, "thd" if q.ndim == 3 else "bshd",
         backend if isinstance(backend, str) else tuple(backend), preference, deterministic,
         torch.are_deterministic_algorithms_enabled(), return_lse, relation,
         grad and (q.requires_grad or k.requires_grad or v.requires_grad),
@@ -69,7 +73,7 @@ def attention(
     table_q, sizes_q = _flat(t.packing)
     table_k, sizes_k = (table_q, sizes_q) if t.packing_kv is None else _flat(t.packing_kv)
     out, lse, _ = torch.ops.anyattn.attention(
-        q, k, v, t.sink, t.alibi_slopes, t.bias, t.mask, table_q, table_k, sizes_q, sizes_k, static
+        q, k, v, t.sink, t.alibi_slopes, t.bias, t.mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static
     )
     if swap is not None:
         out = out.transpose(*swap)
@@ -127,9 +131,15 @@ def _request(
     table_k: Tensor | None,
     sizes_q: list[int],
     sizes_k: list[int],
+    sides: list[int],
+    factors: list[float],
     static: str,
 ) -> Request:
-    causal, window, scale, softcap, dropout, layout, backend, preference, *more = _parse(static)
+    causal, layout, backend, preference, *more = _parse(static)
+    left, right = (None if side == -1 else side for side in sides)
+    window = None if left is None and right is None else (left, right)
+    scale, softcap = (None if math.isnan(factor) else factor for factor in factors[:2])
+    dropout = factors[2]
     deterministic, torch_deterministic, return_lse, relation, grad, sink_grad, bias_grad = more
     return Request(
         _meta(q, grad), _meta(k, grad), _meta(v, grad), causal, window, scale, softcap, _meta(sink, sink_grad),
@@ -199,9 +209,11 @@ def _forward_op(
     table_k: Tensor | None,
     sizes_q: list[int],
     sizes_k: list[int],
+    sides: list[int],
+    factors: list[float],
     static: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, static)
+    request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static)
     p = _prepare(request)
     x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k)
     enter, layout = p.layout.enter, p.layout
@@ -230,6 +242,8 @@ def _forward_fake(
     table_k: Tensor | None,
     sizes_q: list[int],
     sizes_k: list[int],
+    sides: list[int],
+    factors: list[float],
     static: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -252,12 +266,14 @@ def _backward_op(
     table_k: Tensor | None,
     sizes_q: list[int],
     sizes_k: list[int],
+    sides: list[int],
+    factors: list[float],
     static: str,
     out: Tensor,
     lse: Tensor,
     rng: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, static)
+    request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static)
     p = _prepare(request)
     x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k)
     enter, layout = p.layout.enter, p.layout
@@ -290,6 +306,8 @@ def _backward_fake(
     table_k: Tensor | None,
     sizes_q: list[int],
     sizes_k: list[int],
+    sides: list[int],
+    factors: list[float],
     static: str,
     out: Tensor,
     lse: Tensor,
@@ -302,15 +320,15 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, static = inputs
+    q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static = inputs
     ctx.save_for_backward(q, k, v, sink, alibi, bias, mask, table_q, table_k, *output)
-    ctx.sizes_q, ctx.sizes_k, ctx.static = sizes_q, sizes_k, static
+    ctx.sizes_q, ctx.sizes_k, ctx.sides, ctx.factors, ctx.static = sizes_q, sizes_k, sides, factors, static
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, drng: Tensor | None) -> tuple[Any, ...]:
     q, k, v, sink, alibi, bias, mask, table_q, table_k, out, lse, rng = ctx.saved_tensors
     static = _parse(ctx.static)
-    return_lse, sink_grad, bias_grad = static[10], static[13], static[14]
+    return_lse, *_, sink_grad, bias_grad = static[6:]
     dlse = dlse if return_lse else None
     dq, dk, dv, dsink, dbias = torch.ops.anyattn.attention_backward(
         dout,
@@ -326,12 +344,14 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, drng: Tensor | None) 
         table_k,
         ctx.sizes_q,
         ctx.sizes_k,
+        ctx.sides,
+        ctx.factors,
         ctx.static,
         out,
         lse,
         rng,
     )
-    return dq, dk, dv, dsink if sink_grad else None, None, dbias if bias_grad else None, *(None,) * 6
+    return dq, dk, dv, dsink if sink_grad else None, None, dbias if bias_grad else None, *(None,) * 8
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

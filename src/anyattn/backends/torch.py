@@ -181,7 +181,9 @@ def _cudnn_forward(call: Call) -> Result:
 
 
 def _cudnn_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
-    tensors = [_heads_first(x) for x in (dout, call.q, call.k, call.v, saved.out)]
+    q = call.q if 0 not in call.q.stride() else call.q.contiguous()  # an expanded dim has no place in an order
+    out = saved.out if saved.out.stride() == q.stride() else _laid_out_as(saved.out, q)
+    tensors = [_heads_first(x) for x in (dout, q, call.k, call.v, out)]
     unused = _unused_rng(call)
     got = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
         *tensors, saved.lse.unsqueeze(-1), unused, unused, None, None, None, call.q.shape[1], call.k.shape[1], 0.0,
@@ -189,6 +191,16 @@ def _cudnn_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
     )  # fmt: skip
     dq, dk, dv = (_heads_first(x) for x in got)
     return Gradients(dq, dk, dv)
+
+
+def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    """The same values with their dims in memory in the order of another tensor's, the last dim last.
+
+    torch (2.11) keeps a built backward by the strides of q, k and v, not of out, and reads out as it was laid out when
+    the graph was built: in q's order, as its forward does. In another order dq and dk are silently wrong.
+    """
+    order = [*sorted(range(x.ndim - 1), key=like.stride, reverse=True), x.ndim - 1]
+    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.ndim)])
 
 
 # --- flash ---

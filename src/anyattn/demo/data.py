@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from anyattn._errors import InvalidArgument
+
 #: A token per byte, then one where a document begins and one where it ends.
 BEGIN, END = 256, 257
 VOCABULARY = 258
@@ -32,30 +34,28 @@ def batches(count: int, tokens: int, shortest: int, longest: int, seed: int) -> 
 
     Args:
         count: how many batches.
-        tokens: about as many tokens in each: documents are added as long as they fit.
+        tokens: at least as many tokens in each: documents are added until they are reached.
         shortest: documents with fewer tokens are left out.
         longest: longer ones are cut.
         seed: chooses the documents.
 
     Raises:
-        ValueError: the standard library has not that many tokens, or ``tokens`` is less than ``longest``.
+        InvalidArgument: the standard library has not that many tokens, or sizes that make no sense.
     """
-    if tokens < longest or shortest < 3 or longest < shortest:
-        raise ValueError(f"need 3 <= shortest <= longest <= tokens, got {shortest}, {longest}, {tokens}")
+    if not 3 <= shortest <= longest or tokens < 1:
+        raise InvalidArgument(f"need 3 <= shortest <= longest and tokens >= 1, got {shortest}, {longest}, {tokens}")
     documents = (encode(text, longest) for text in _texts(random.Random(seed)))
     long_enough = (document for document in documents if len(document) >= shortest)
-    return [_batch(long_enough, tokens, longest) for _ in range(count)]
+    return [_batch(long_enough, tokens) for _ in range(count)]
 
 
-def _batch(documents: Iterator[Tensor], tokens: int, longest: int) -> list[Tensor]:
+def _batch(documents: Iterator[Tensor], tokens: int) -> list[Tensor]:
     batch: list[Tensor] = []
-    room = tokens
-    while room >= longest:  # so that the next document fits, whatever its length
+    while sum(map(len, batch)) < tokens:
         document = next(documents, None)
         if document is None:
-            raise ValueError("the standard library has no more documents: ask for fewer steps or tokens")
+            raise InvalidArgument("the standard library has no more documents: ask for fewer steps or tokens")
         batch.append(document)
-        room -= len(document)
     return batch
 
 

@@ -187,6 +187,7 @@ def _pattern(
 
 def _facts_without(mask: Tensor, shape: Shape, pattern: Pattern) -> Facts:
     """Facts for a mask that the mask function did not make, or that lost them on the way to another device."""
+
     def make() -> Facts:
         first = max(mask.shape[1] - shape.keys, 0)  # a sliding cache has dropped the first keys
         real = mask[:, first:].cpu() != 0
