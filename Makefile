@@ -60,7 +60,7 @@ test-gpu:
 	@$(SEES_GPU) || { echo 'test-gpu needs a Python whose torch sees a GPU: make test-gpu PYTHON=...' >&2; exit 1; }
 	@$(PYTHON) -c 'import hypothesis, numpy, packaging, pytest' 2>/dev/null || \
 		$(PYTHON) -m pip install -q --disable-pip-version-check hypothesis numpy packaging pytest
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu $(ARGS)
+	PYTHONPATH=src $(PYTHON) -m pytest -p no:benchmark -m gpu $(ARGS)
 
 bench:
 	@if $(SEES_GPU); then PYTHONPATH=src $(PYTHON) benchmarks/suite.py $(ARGS); \

@@ -128,7 +128,7 @@ def targets(device: str) -> tuple[Target, ...]:
             continue
         try:
             backend.load()
-        except Exception:  # noqa: S112 - a package that does not load is what backends() reports
+        except Exception:  # a package that does not load is what backends() reports
             continue
         found += [Target(device, f"{name}:{c.kernel}" if c.kernel else name, c) for c in able]
     return tuple(found)
@@ -158,6 +158,8 @@ class Problem:
     """(B, H, S)"""
     leaves: dict[str, Tensor] = field(default_factory=dict)
     """What gets a gradient."""
+    product_error: float = 0.0
+    """As the kernel declares it."""
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
@@ -175,7 +177,9 @@ class Problem:
 
     def expected(self) -> oracle.Expected:
         """The oracle's answer, and how far from it a kernel may be."""
-        return oracle.Expected(self.dtype, self.tensors, self.spans, self.terms, self.dout, self.dlse, self.mask)
+        expected = oracle.Expected(self.dtype, self.tensors, self.spans, self.terms, self.dout, self.dlse, self.mask)
+        expected.product_error = self.product_error
+        return expected
 
     @property
     def real_q(self) -> Tensor:
@@ -348,12 +352,17 @@ class Maker:
         if case.asks == "deterministic":
             arguments["deterministic"] = True
         terms, mask = self._scores(terms, arguments)
-        arguments.update({n: x for n in ("causal", "window", "scale", "softcap") if (x := getattr(terms, n)) is not None})
+        arguments.update(
+            {n: x for n in ("causal", "window", "scale", "softcap") if (x := getattr(terms, n)) is not None}
+        )
         problem = Problem(q, k, v, arguments, spans, terms, layout, self.dtype, mask)
+        problem.product_error = case.target.capability.product_error.get(case.dtype, 0.0)
         if self.grad:
             problem.dout = self.rows(self.q, self.heads, self.dim_v, layout, garbage)
             problem.leaves = {"q": q, "k": k, "v": v}
-            problem.leaves |= {n: arguments[n] for n in ("sink", "bias") if n in arguments and arguments[n].requires_grad}
+            problem.leaves |= {
+                n: arguments[n] for n in ("sink", "bias") if n in arguments and arguments[n].requires_grad
+            }
         if case.asks == "lse_grad":
             problem.dlse = self.draw(self.q.batch, self.heads, self.q.seq, dtype=torch.float32)
         return problem
@@ -371,7 +380,9 @@ class Maker:
                 arguments["sink"] = self.leaf(self.draw(self.heads, dtype=low))
             elif part in ("alibi", "alibi_sequences"):
                 sequences = max(len(self.q.runs), 1)
-                slopes = self.draw(*((sequences,) if part == "alibi_sequences" else ()), self.heads, dtype=torch.float32)
+                slopes = self.draw(
+                    *((sequences,) if part == "alibi_sequences" else ()), self.heads, dtype=torch.float32
+                )
                 arguments["alibi_slopes"] = slopes.abs()
             elif part.startswith("bias"):
                 shape = (self.heads, 1, self.k.seq) if part == "bias_row" else (self.q.batch, 1, self.q.seq, self.k.seq)
@@ -463,7 +474,7 @@ def takes(case: Case) -> bool:
         return False
 
 
-class deterministic_flag:  # noqa: N801 - a context manager
+class deterministic_flag:
     """torch's process-wide flag, on where a case is deterministic and its kernel reads that flag."""
 
     def __init__(self, case: Case) -> None:
@@ -507,15 +518,14 @@ def pairwise(target: Target) -> list[Case]:
         for name, options in values.items()
     }
     pairs = {
-        frozenset({(a, x), (b, y)})
-        for a, b in itertools.combinations(usable, 2)
-        for x in usable[a]
-        for y in usable[b]
+        frozenset({(a, x), (b, y)}) for a, b in itertools.combinations(usable, 2) for x in usable[a] for y in usable[b]
     }
     return list(_cover(target, usable, pairs))
 
 
-def _cover(target: Target, usable: dict[str, tuple[str, ...]], pairs: set[frozenset[tuple[str, str]]]) -> Iterator[Case]:
+def _cover(
+    target: Target, usable: dict[str, tuple[str, ...]], pairs: set[frozenset[tuple[str, str]]]
+) -> Iterator[Case]:
     rng = random.Random(0)
     limit = CASE_LIMITS.get(target.backend, 1 << 30)
     order = sorted(pairs, key=sorted)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch.use_deterministic_algorithms on CUDA
 
 from collections.abc import Callable, Iterator
 
-import cases
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 import anyattn
+import cases
 
 settings.register_profile("anyattn", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("anyattn")
@@ -31,6 +32,22 @@ def _mark(device: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.gpu] if device == "cuda" else []
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """``needs``: only kernels that declare these features are generated."""
+    config.addinivalue_line("markers", "needs(feature, ...): run for kernels that declare all of these features")
+    if _wants_gpu(config):
+        for package in ("cutlass", "flash_attn", "torch.utils.cpp_extension"):
+            config.addinivalue_line("filterwarnings", f"ignore:::{package}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # kernel packages warn when they are imported; that is not our test
+            anyattn.backends()
+
+
+def _targets(metafunc: pytest.Metafunc, device: str) -> list[cases.Target]:
+    needed = {feature for mark in metafunc.definition.iter_markers("needs") for feature in mark.args}
+    return [t for t in cases.targets(device) if needed <= set(t.capability.features)]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``case``: every generated case. ``target``: every kernel that runs. ``device``: "cpu", and "cuda" with -m gpu."""
     devices = _devices(metafunc.config)
@@ -38,8 +55,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         found = [pytest.param(c, id=c.id, marks=_mark(d)) for d in devices for c in cases.generate(d)]
         metafunc.parametrize("case", found)
     if "target" in metafunc.fixturenames:
-        found = [pytest.param(t, id=t.id, marks=_mark(d)) for d in devices for t in cases.targets(d)]
+        found = [pytest.param(t, id=t.id, marks=_mark(d)) for d in devices for t in _targets(metafunc, d)]
         metafunc.parametrize("target", found)
+    if "cuda_target" in metafunc.fixturenames:
+        found = [pytest.param(t, id=t.id) for d in devices if d == "cuda" for t in _targets(metafunc, d)]
+        metafunc.parametrize("cuda_target", found)
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", [pytest.param(d, marks=_mark(d)) for d in devices])
 

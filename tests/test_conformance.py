@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import cases
-import oracle
 import pytest
 import torch
-from cases import Case, Problem, Target, lse_to_bhs, to_bshd
 from torch import Tensor
+
+import cases
+import oracle
+from cases import Case, Problem, Target, lse_to_bhs, to_bshd
 
 INF = float("inf")
 

@@ -112,6 +112,8 @@ class Capability:
     native_sink_since: str | None = None
     native_sink_when: Callable[[Problem], bool] | None = None
     """Which problems it takes a sink in (None: all)."""
+    product_error: Mapping[str, float] = field(default_factory=dict)
+    """By dtype: the relative error of a product, where the kernel's arithmetic is coarser than the dtype."""
     writes_gaps: bool = False
     """Gaps go in as sequences of their own, and come out zero as far as max_seqlen reaches."""
     reads_torch_flag: bool = False

@@ -5,8 +5,9 @@ measured on an H200 with torch 2.11 (cuDNN 9.19) and on CPU with 2.13:
 
 - cudnn: causal is top-left; lse has one more dim; never deterministic.
 - flash: see ``_aten_flash``.
-- efficient: lse is padded to a multiple of 32; bottom-right causal is wrong for rows without keys, and its window is
-  wrong in backward unless lengths are equal; a bias row must be padded in memory to a multiple of 8.
+- efficient: float32 products are made of three TF32 ones; lse is padded to a multiple of 32; bottom-right causal is
+  wrong for rows without keys, and its window is wrong in backward unless lengths are equal; a bias row must be padded
+  in memory to a multiple of 8.
 - cpu: causal is top-left; lse is 0 for a row that sees no key, and -inf there gives NaN in backward; dies on empty
   input. A packed batch runs a sequence at a time, so no (total x total) mask exists.
 
@@ -82,6 +83,9 @@ CAPABILITIES = (
         families=(7, 8, 9, 10, 11, 12),
         dtypes=("float16", "bfloat16", "float32"),
         head_dims=HeadDims(maximum=1024, multiple_of=8),
+        # Each factor is split in two TF32 parts of 11 bits, and the product of the small parts is dropped: 2 ** -22 for
+        # each factor's remainder and as much for the dropped product. On an H200 the error was 2 ** -20.3.
+        product_error={"float32": 3 * 2.0**-22},
         features=dict.fromkeys(
             (
                 "dense",
