@@ -356,7 +356,8 @@ def test_autocast_casts_as_sdpa_does(device_type: str, low: torch.dtype) -> None
     assert lse.dtype == torch.float32
     out.float().sum().backward()
     assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in (*x, sink))
-    plain = anyattn.attention(*(t.detach().to(low) for t in x), causal=True, sink=sink.detach())
+    given = [t.detach().to(low).requires_grad_() for t in x]
+    plain, _ = anyattn.attention(*given, causal=True, sink=sink, return_lse=True)
     assert torch.equal(out, plain)
     wide = [t.detach().double() for t in x]
     if device_type == "cpu":

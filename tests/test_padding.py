@@ -143,7 +143,13 @@ def test_rows_without_keys(target: Target, scores: str) -> None:
         rows = alone & problem.real_q[:, None]
         assert rows.any()
         assert lse is not None
-        assert torch.equal(lse_to_bhs(lse, problem.layout).cpu()[rows], sink[rows])
+        # To a few roundings: a kernel that takes sinks itself computes in powers of two.
+        torch.testing.assert_close(
+            lse_to_bhs(lse, problem.layout).cpu()[rows],
+            sink[rows].float(),
+            rtol=4 * torch.finfo(torch.float32).eps,
+            atol=0,
+        )
     else:
         assert dead.any()
         assert not to_bshd(out, problem.layout).cpu().transpose(1, 2)[dead].any()

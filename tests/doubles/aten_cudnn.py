@@ -59,7 +59,8 @@ def backward(
     """aten::_scaled_dot_product_cudnn_attention_backward."""
     # Seen on an H200 under torch.compile: the op keeps a plan by the strides of q, k and v alone.
     order = sorted(range(4), key=query.stride, reverse=True)
-    assert out.permute(order).is_contiguous(), "out is laid out in memory as q"
+    for x in (out, grad_out):
+        assert x.permute(order).is_contiguous(), "out and its gradient are laid out in memory as q"
     _check(query, key, value, attn_bias, dropout_p)
     assert cum_seq_q is cum_seq_k is None
     assert (max_q, max_k) == (query.shape[2], key.shape[2])

@@ -186,7 +186,7 @@ def _cudnn_forward(call: Call) -> Result:
 
 def _cudnn_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
     q = call.q if 0 not in call.q.stride() else call.q.contiguous()  # an expanded dim has no place in an order
-    out = saved.out if saved.out.stride() == q.stride() else _laid_out_as(saved.out, q)
+    out, dout = (x if x.stride() == q.stride() else _laid_out_as(x, q) for x in (saved.out, dout))
     tensors = [_heads_first(x) for x in (dout, q, call.k, call.v, out)]
     unused = _unused_rng(call)
     got = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
@@ -200,8 +200,8 @@ def _cudnn_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
 def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     """The same values with their dims in memory in the order of another tensor's, the last dim last.
 
-    torch (2.11) keeps a built backward by the strides of q, k and v, not of out, and reads out as it was laid out when
-    the graph was built: in q's order, as its forward does. In another order dq and dk are silently wrong.
+    torch (2.11) keeps a built backward by the strides of q, k and v alone, and reads out and its gradient as they were
+    laid out when it was built: in q's order, as its forward does. In another order dq and dk are silently wrong.
     """
     order = [*sorted(range(x.ndim - 1), key=like.stride, reverse=True), x.ndim - 1]
     return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.ndim)])
