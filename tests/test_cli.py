@@ -585,7 +585,7 @@ def test_a_missing_extra_is_one_line() -> None:
         "from anyattn.cli import main\n"
         "sys.exit(main(['doctor']))"
     )
-    needed = "typer and rich and platformdirs, which is not installed"
+    needed = "what is not installed here, typer and rich and platformdirs"
     assert (got.returncode, got.stdout) == (1, "")
     assert got.stderr == f"anyattn: the command line needs {needed}: pip install 'anyattn[cli]'\n"
 

@@ -368,7 +368,26 @@ CALLS: dict[str, Mistake] = {
 }
 
 PACKINGS: dict[str, Mistake] = {
-    "offsets are a list": (lambda: Packing([0, 3]), PackingError, "cu_seqlens must be an int32 tensor, got list"),
+    "offsets are a list": (
+        lambda: Packing([0, 3]),
+        PackingError,
+        "cu_seqlens must be an int32 tensor, got list: use torch.tensor(cu_seqlens, dtype=torch.int32)",
+    ),
+    "a mask is a list": (
+        lambda: Packing.from_mask([[1, 0]]),
+        PackingError,
+        "mask must be a tensor, got list: use torch.tensor(mask)",
+    ),
+    "positions are a list": (
+        lambda: Packing.from_position_ids([0, 1]),
+        PackingError,
+        "position_ids must be a tensor, got list: use torch.tensor(position_ids)",
+    ),
+    "lengths are a number": (
+        lambda: Packing.from_lengths(5),
+        PackingError,
+        "lengths must be a sequence of ints or a 1-D tensor, got 5",
+    ),
     "int64 offsets": (
         lambda: Packing(cu(0, 3).long()),
         DtypeError,
@@ -431,7 +450,7 @@ PACKINGS: dict[str, Mistake] = {
         "rows is 7, and the last sequence ends at row 8",
     ),
     "negative lengths": (lambda: lengths(3, -1), PackingError, "lengths must be >= 0, got [3, -1]"),
-    "fractional lengths": (lambda: lengths(2.5), PackingError, "lengths must be integers, got 2.5"),
+    "fractional lengths": (lambda: lengths(2.5), PackingError, "lengths must be integers, got [2.5]"),
     "padding to 0": (
         lambda: lengths(3, pad_to_multiple_of=0),
         PackingError,
@@ -456,7 +475,7 @@ PACKINGS: dict[str, Mistake] = {
     "additive padding mask": (
         lambda: Packing.from_mask(torch.zeros(2, 3)),
         DtypeError,
-        "mask must be bool or integers, true meaning a real token; got torch.float32",
+        "mask must be bool or integers, true meaning a real token; got torch.float32: use mask.bool()",
     ),
     "fractional positions": (
         lambda: Packing.from_position_ids(torch.zeros(3)),

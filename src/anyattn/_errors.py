@@ -75,4 +75,4 @@ class MissingExtra(AnyattnError, ImportError):
     """A feature needs an optional dependency that is not installed."""
 
     def __init__(self, feature: str, extra: str, missing: str) -> None:
-        super().__init__(f"{feature} needs {missing}, which is not installed: pip install 'anyattn[{extra}]'")
+        super().__init__(f"{feature} needs what is not installed here, {missing}: pip install 'anyattn[{extra}]'")

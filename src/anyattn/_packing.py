@@ -11,7 +11,8 @@ as queries without keys, then as keys without queries (docs/padding.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,12 +244,7 @@ class Packing:
             >>> Packing.from_lengths([100, 257, 0, 300], pad_to_multiple_of=64).rows
             768
         """
-        if isinstance(lengths, Tensor):
-            lengths = lengths.tolist()
-        for n in lengths:
-            if int(n) != n:
-                raise PackingError(f"lengths must be integers, got {n}")
-        numbers = [int(n) for n in lengths]
+        numbers = _whole_numbers(lengths)
         if any(n < 0 for n in numbers):
             raise PackingError(f"lengths must be >= 0, got {numbers}")
         if pad_to_multiple_of < 1:
@@ -291,10 +287,13 @@ class Packing:
             >>> p.lengths.tolist(), p.valid.tolist()
             ([2, 2], [[False, True, True], [True, True, False]])
         """
+        _check_tensor("mask", mask)
         if mask.ndim != 2:
             raise ShapeError(f"mask must have 2 dims (batch, seq), got shape {tuple(mask.shape)}")
         if mask.is_floating_point() or mask.is_complex():
-            raise DtypeError(f"mask must be bool or integers, true meaning a real token; got {mask.dtype}")
+            raise DtypeError(
+                f"mask must be bool or integers, true meaning a real token; got {mask.dtype}: use mask.bool()"
+            )
         batch, seq = mask.shape
         real = (mask != 0).cpu()
         counts = real.sum(1, dtype=torch.int64)
@@ -332,6 +331,7 @@ class Packing:
             >>> Packing.from_position_ids(torch.tensor([[0, 1, 2, 0, 1]])).lengths.tolist()
             [3, 2]
         """
+        _check_tensor("position_ids", position_ids)
         if position_ids.ndim not in (1, 2):
             raise ShapeError(f"position_ids must be (rows,) or (batch, seq), got shape {tuple(position_ids.shape)}")
         if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
@@ -391,6 +391,19 @@ class Packing:
             valid = valid_rows(self._rows, self.rows)
         return valid.view(self._shape) if self._shape is not None else valid
 
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 (rows,), or (batch, seq) after :meth:`from_mask`: positions within each sequence, 0 at padding.
+
+        Example::
+
+            >>> Packing.from_lengths([2, 3], pad_to_multiple_of=4).position_ids.tolist()
+            [0, 1, 0, 0, 0, 1, 2, 0]
+        """
+        token = torch.arange(self.total, device=self.device)
+        sequence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), token, right=True)
+        return self.unpack(token - self.cu_seqlens[sequence])
+
     # --- moving tokens ---
 
     def _memory_rows(self) -> Tensor:
@@ -412,6 +425,7 @@ class Packing:
             >>> p.pack(torch.tensor([5, 0, 6, 7])).tolist()
             [5, 6, 7]
         """
+        _check_tensor("x", x)
         flat = x
         if self._shape is not None:
             if tuple(x.shape[:2]) != self._shape:
@@ -430,6 +444,7 @@ class Packing:
             >>> p.unpack(torch.tensor([5, 6, 7])).tolist()
             [5, 0, 6, 7]
         """
+        _check_tensor("x", x)
         if x.ndim < 1 or x.shape[0] != self.total:
             raise ShapeError(f"unpack needs {self.total} rows, one per real token; got shape {tuple(x.shape)}")
         memory = x.new_zeros(self.rows, *x.shape[1:]).index_copy(0, self._memory_rows(), x)
@@ -589,9 +604,27 @@ def _check_number(name: str, value: int | None) -> None:
         raise PackingError(f"{name} must be an int >= 0 or None, got {value!r}")
 
 
+def _check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise PackingError(f"{name} must be a tensor, got {type(x).__name__}: use torch.tensor({name})")
+
+
+def _whole_numbers(lengths: Any) -> list[int]:
+    """Lengths as ints; whatever else they are is named."""
+    given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise PackingError(f"lengths must be a sequence of ints or a 1-D tensor, got {lengths!r}")
+    try:
+        return [operator.index(n) for n in given]
+    except TypeError:
+        raise PackingError(f"lengths must be integers, got {list(given)!r}") from None
+
+
 def _check_offsets(name: str, offsets: Tensor) -> None:
     if not isinstance(offsets, Tensor):
-        raise PackingError(f"{name} must be an int32 tensor, got {type(offsets).__name__}")
+        raise PackingError(
+            f"{name} must be an int32 tensor, got {type(offsets).__name__}: use torch.tensor({name}, dtype=torch.int32)"
+        )
     if offsets.dtype != torch.int32:
         raise DtypeError(f"{name} must be int32, got {offsets.dtype}: use {name}.to(torch.int32)")
     if offsets.ndim != 1 or offsets.numel() < 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -161,8 +161,7 @@ def default_preference() -> Preference:
     return _preference.get() or _environment_preference()
 
 
-@contextmanager
-def use(backend: str | Sequence[str]) -> Iterator[None]:
+def use(backend: str | Sequence[str]) -> AbstractContextManager[None]:
     """Prefer a backend, or several in order, for every call inside that does not name one itself.
 
     Args:
@@ -182,8 +181,12 @@ def use(backend: str | Sequence[str]) -> Iterator[None]:
         ...     anyattn.explain(q, q, q).chosen
         'reference'
     """
+    return _using(parse_preference(backend))
+
+
+@contextmanager
+def _using(parsed: Preference) -> Iterator[None]:
     global traced_preference
-    parsed = parse_preference(backend)
     token = _preference.set(parsed)
     outer, traced_preference = traced_preference, parsed
     try:

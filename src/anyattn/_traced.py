@@ -1,7 +1,8 @@
 """``attention`` under ``torch.compile``: one custom op for forward and one for backward.
 
 The op takes flat tensors, ints and a string, and does at run time what eager does: validate, choose, run. So every
-backend works under ``fullgraph=True``, and a new length compiles nothing. Tensors enter as (B, S, H, D) or (T, H, D).
+backend works under ``fullgraph=True``, and lengths compile twice at most: once as numbers, once as symbols. Tensors
+enter as (B, S, H, D) or (T, H, D).
 """
 
 from __future__ import annotations

@@ -75,6 +75,9 @@ def _hopper_dim_rounded(p: Problem) -> bool:
     return _hopper(p) and p.head_dim <= 128 and -(-p.head_dim // 16) % 2 == 1
 
 
+_HOPPER_UNEQUAL = ((32, 64), (96, 64), (128, 64), (192, 128))
+
+
 def _takes_sink(p: Problem) -> bool:
     return p.arch // 10 in (9, 10, 11) and not _blackwell_256(p)
 
@@ -105,8 +108,12 @@ _ROWS = (
     ),
     Row(_blackwell_256, _since("head_dim 256 on sm10x and sm11x", "4.0.0b11"), fixed="4.0.0b11"),
     Row(
-        lambda p: _hopper(p) and p.head_dim_v > max(p.head_dim, 128),
-        Reason("head_dim_v", "at most head_dim or 128 on sm90, where tiles follow head_dim", "more", _ELSE),
+        # Seen on an H200 with b36: these work, forward and backward; 64/128, 64/96 and 128/96 do not compile or launch.
+        lambda p: _hopper(p) and p.head_dim != p.head_dim_v and _dims(p) not in _HOPPER_UNEQUAL,
+        Reason(
+            "head_dim_v", "that of q, or one of " + ", ".join(f"{d}/{v}" for d, v in _HOPPER_UNEQUAL) + " on sm90",
+            "another", "pad v, or q and k, with zeros to one of them, or choose another backend",
+        ),
     ),
     Row(
         lambda p: _geforce(p) and max(_dims(p)) > 128,

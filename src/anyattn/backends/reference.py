@@ -22,7 +22,7 @@ from anyattn._capability import ALWAYS, FEATURE_NAMES, Capability, HeadDims
 from anyattn._environment import Probe, torch_version
 
 NAME = "reference"
-TITLE = "plain eager torch, the specification"
+TITLE = "plain eager torch, the specification: slow"
 INSTALL = "pip install torch"
 NEWEST = "2.13.0"
 CAPABILITIES = (

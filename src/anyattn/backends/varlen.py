@@ -12,7 +12,7 @@ from anyattn.backends import _aten_flash
 
 NAME = "varlen"
 TITLE = "torch's packed FlashAttention 2"
-INSTALL = "pip install torch"
+INSTALL = "install a CUDA build of torch"
 NEWEST = "2.13.0"
 CAPABILITIES = (
     Capability(
