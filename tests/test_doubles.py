@@ -160,7 +160,7 @@ def test_fa4_is_asked_nothing_that_it_refuses(version: str, on: str) -> None:
         ("sm90", "4.0.0b30", {"dims": "256"}, "flash-attn-4 >= 4.0.0b31"),
         ("sm90", "4.0.0b30", {"dims": "192"}, "flash-attn-4 >= 4.0.0b31"),
         ("sm90", NEWEST, {"dims": "192/128"}, "head_dim_v equal to head_dim on sm90"),
-        ("sm90", NEWEST, {"dims": "32/192"}, "at most head_dim or 128 on sm90"),
+        ("sm90", NEWEST, {"dims": "32/192"}, "that of q, or one of 32/64, 96/64, 128/64, 192/128 on sm90"),
         ("sm100", NEWEST, {"dims": "128/96"}, "dv is wrong for others"),
         ("sm100", NEWEST, {"dims": "192"}, "at most 128, or 192/128, or 256/256"),
         ("sm100", NEWEST, {"dims": "256"}, "gradients of 256 were wrong"),

@@ -617,7 +617,7 @@ except anyattn.MissingExtra as error:
 def test_without_transformers():
     done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=True)
     assert done.stdout == (
-        "anyattn.integrations.transformers needs transformers, which is not installed: "
+        "anyattn.integrations.transformers needs what is not installed here, transformers: "
         "pip install 'anyattn[transformers]'\n"
     )
 
