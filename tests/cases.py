@@ -49,7 +49,8 @@ MASKS = {
     "top_left_window": Terms(causal="top_left", window=(2, None)),
 }
 SCORES = (
-    "plain", "scale", "softcap", "sink", "sink_low", "softcap_sink", "alibi", "alibi_sequences", "alibi_sink",
+    "plain", "scale", "scale_negative",
+    "softcap", "sink", "sink_low", "softcap_sink", "alibi", "alibi_sequences", "alibi_sink",
     "bias", "bias_grad", "bias_row", "mask", "mask_bias", "mask_sink", "block_mask",
 )  # fmt: skip
 RELATIONS = ("equal", "keys_longer", "any")
@@ -373,6 +374,8 @@ class Maker:
         for part in SCORE_PARTS.get(self.case.scores, ()):
             if part == "scale":
                 terms = replace(terms, scale=0.3)
+            elif part == "scale_negative":
+                terms = replace(terms, scale=-0.3)
             elif part == "softcap":
                 terms = replace(terms, softcap=1.5)
             elif part in ("sink", "sink_low"):
@@ -401,6 +404,7 @@ class Maker:
 
 SCORE_PARTS = {
     "scale": ("scale",),
+    "scale_negative": ("scale_negative",),
     "softcap": ("softcap",),
     "sink": ("sink",),
     "sink_low": ("sink_low",),

@@ -53,6 +53,7 @@ ASKING: dict[str, dict[str, Any]] = {
     "mask": {"mask": "tensor"},
     "block_mask": {"mask": "block"},
     "dropout": {"dropout": True},
+    "nonpositive_scale": {"nonpositive_scale": True},
     "deterministic": {"deterministic": True, "grad": True},
 }
 #: The core adds these to every kernel.

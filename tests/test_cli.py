@@ -430,6 +430,7 @@ the gradient of bias                                 no                         
 a mask tensor                                        no                             no       yes        no
 a BlockMask                                          no                             no       yes        no
 dropout                                              no                             no       yes        no
+a scale of zero or below                             no                             no       yes        no
 the gradient of lse                                  yes                            no       yes        yes
 a deterministic backward                             no                             no       with flag  no
 

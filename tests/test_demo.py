@@ -203,7 +203,8 @@ def test_a_missing_extra_is_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(_demo, "module_exists", lambda name: name != "matplotlib")
     assert main(["demo", "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
-        "anyattn: anyattn demo needs what is not installed here, matplotlib: pip install 'anyattn[cli,plot,transformers]'\n"
+        "anyattn: anyattn demo needs what is not installed here, matplotlib: "
+        "pip install 'anyattn[cli,plot,transformers]'\n"
     )
 
 

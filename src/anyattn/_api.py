@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Causal = bool | Literal["top_left"] | None
 _CACHE_SIZE = 4096
 _prepared: dict[Any, Prepared] = {}
+_select.caches.append(_prepared)
 _NO_INPUTS = Inputs(None, None, None, None, None)
 
 
@@ -147,7 +148,7 @@ def attention(
             None if alibi_slopes is None else describe(alibi_slopes, True),
             None if bias is None else describe(bias, True),
             None if mask is None else describe_optional(mask, True),
-            None if packing is None else (packing._key, None if packing_kv is None else _pair_key(packing, packing_kv)),
+            None if packing is packing_kv is None else _packing_key(q, k, layout, packing, packing_kv),
         )  # fmt: skip
         prepared = _prepared.get(key)
     except (AttributeError, TypeError):  # not tensors, or something unhashable: validation names it
@@ -173,8 +174,18 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _pair_key(packing: Packing, packing_kv: Packing) -> tuple[Any, ...]:
-    return (*packing_kv._key, packing.relation(packing_kv))
+def _packing_key(
+    q: Tensor, k: Tensor, layout: str | None, packing: Packing | None, packing_kv: Packing | None
+) -> tuple[Any, ...]:
+    """What a key holds of the packings: with 4-D tensors, of those that count rows of the flattened batch."""
+    if packing is None or packing._holes is not None:
+        raise TypeError("nothing to look up: packing_kv alone is an error, and holes are packed first")
+    if q.ndim == 4:
+        packing, packing_kv = entries_of(q, k, layout, packing, packing_kv)
+        assert packing is not None
+    if packing_kv is None:
+        return packing._key
+    return packing._key, packing_kv._key, packing.relation(packing_kv)
 
 
 def _attention(
@@ -218,7 +229,7 @@ def make_request(
         keys = None
         relation = "any"
     else:
-        packing, packing_kv = entries_of(t, layout)
+        packing, packing_kv = entries_of(q, k, layout, packing, packing_kv)
         keys = None if packing_kv is None else packing_kv._key
         relation = "equal" if packing_kv is None or packing is None else packing.relation(packing_kv)
     return Request(
@@ -247,9 +258,10 @@ def make_request(
     )
 
 
-def entries_of(t: Tensors, layout: str | None) -> tuple[Packing | None, Packing | None]:
+def entries_of(
+    q: Tensor, k: Tensor, layout: str | None, packing: Packing | None, packing_kv: Packing | None
+) -> tuple[Packing | None, Packing | None]:
     """The packings of a call; with 4-D tensors, as rows of the flattened batch."""
-    packing, packing_kv = t.packing, t.packing_kv
     for name, p in (("packing", packing), ("packing_kv", packing_kv)):
         if p is not None and not isinstance(p, Packing):
             raise PackingError(f"{name} must be an anyattn.Packing, got {type(p).__name__}")
@@ -257,23 +269,23 @@ def entries_of(t: Tensors, layout: str | None) -> tuple[Packing | None, Packing 
             raise PackingError(
                 f"{name} was made from a mask with holes, which needs 4-D tensors and a packing for the queries too"
             )
-    if t.q.ndim != 4 or t.k.ndim != 4 or packing is None or layout not in (None, "bshd", "sbhd", "bhsd"):
+    if q.ndim != 4 or k.ndim != 4 or packing is None or layout not in (None, "bshd", "sbhd", "bhsd"):
         return packing, packing_kv
     batch, seq, _ = {"sbhd": (1, 0, 2), "bhsd": (0, 2, 1)}.get(layout or "", (0, 1, 2))
     if packing_kv is not None:
-        packing_kv = packing_kv.for_entries(t.k.shape[batch], t.k.shape[seq])
-    elif t.k.shape[seq] != t.q.shape[seq]:
+        packing_kv = packing_kv.for_entries(k.shape[batch], k.shape[seq])
+    elif k.shape[seq] != q.shape[seq]:
         return packing, None  # validation says what is missing
-    return packing.for_entries(t.q.shape[batch], t.q.shape[seq]), packing_kv
+    return packing.for_entries(q.shape[batch], q.shape[seq]), packing_kv
 
 
 def _inputs(prepared: Prepared, t: Tensors) -> Inputs:
     """What a call carries beside q, k, v, sink and bias."""
     inputs = _NO_INPUTS
     if prepared.packed:
-        packing, packing_kv = (
-            entries_of(t, prepared.layout.name) if prepared.layout.flattened else (t.packing, t.packing_kv)
-        )
+        packing, packing_kv = t.packing, t.packing_kv
+        if prepared.layout.flattened:
+            packing, packing_kv = entries_of(t.q, t.k, prepared.layout.name, packing, packing_kv)
         assert packing is not None
         rows = packing._rows
         inputs = Inputs(rows, rows if packing_kv is None else packing_kv._rows, None, None, None)
@@ -364,7 +376,8 @@ def explain(
         raise InvalidArgument(f"unknown on={on!r}; allowed: {', '.join(_environment.TARGETS)}")
     tensors = Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv)
     if packing is not None and getattr(packing, "_holes", None) is not None:  # attention() packs such a batch first
-        q, k, v = (x.flatten(0, 1)[: packing._facts.rows] for x in (q, k, v))
+        swap = {"sbhd": (0, 1), "bhsd": (1, 2)}.get(layout or "", (0, 0))
+        q, k, v = (x.transpose(*swap).flatten(0, 1)[: packing._facts.rows] for x in (q, k, v))
         tensors, layout = tensors._replace(q=q, k=k, v=v, packing=packing.compact()), None
     request = make_request(tensors, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
     installed = None if on is None and assume is None else _select.assumed_world(assume, newest=on is not None)

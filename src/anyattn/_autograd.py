@@ -31,7 +31,7 @@ class Attention(torch.autograd.Function):
         enter = p.layout.enter
         call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
         out, lse, rng = _core.forward(p, call, sink)
-        ctx.prepared, ctx.inputs = p, x
+        ctx.prepared, ctx.inputs = p, x._replace(alibi=None, mask=None)  # those two are saved, where hooks see them
         ctx.set_materialize_grads(False)
         # The offsets are saved too, so that refilling a Packing before backward is an error and not a wrong gradient.
         offsets = [None if rows is None else rows.starts for rows in (x.rows_q, x.rows_k)]
@@ -55,7 +55,8 @@ class Attention(torch.autograd.Function):
         """The work of backward."""
         p: Prepared = ctx.prepared
         x: Inputs = ctx.inputs
-        q, k, v, sink, bias, out, lse, rng, *_ = ctx.saved_tensors
+        q, k, v, sink, bias, out, lse, rng, alibi, mask, *_ = ctx.saved_tensors
+        x = x._replace(alibi=alibi, mask=mask)
         if dout is None and dlse is None:
             return (None,) * 7
         dout = torch.zeros_like(out) if dout is None else p.layout.enter(dout)

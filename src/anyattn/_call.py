@@ -89,6 +89,8 @@ class Call(NamedTuple):
     mask: Tensor | None = None
     """bool, broadcastable to (B, H, S, Sk); 4-D."""
     block_mask: BlockMask | None = None
+    seed: Tensor | None = None
+    """int64 (2,): for dropout, where the caller drew it; else the kernel draws its own."""
 
 
 class Result(NamedTuple):

@@ -148,6 +148,7 @@ FEATURE_NAMES = {
     "mask": "a mask tensor",
     "block_mask": "a BlockMask",
     "dropout": "dropout",
+    "nonpositive_scale": "a scale of zero or below",
     "lse_grad": "the gradient of lse",
     "deterministic": "a deterministic backward",
 }

@@ -112,6 +112,8 @@ class Inputs(NamedTuple):
     alibi: Tensor | None
     mask: Tensor | None
     block_mask: Any
+    seed: Tensor | None = None
+    """For dropout, where it was drawn outside."""
 
 
 # --- preparation ---
@@ -169,6 +171,7 @@ def describe_problem(request: Request, sizes: Sizes, arch: int) -> Problem:
         bias=_dtype_name(request.bias.dtype) if request.bias is not None else None,
         mask=None if request.mask is None else ("tensor" if isinstance(request.mask, Meta) else "block"),
         dropout=request.dropout > 0,
+        nonpositive_scale=request.scale is not None and request.scale <= 0,
         grad=grad,
         sink_grad=sink_grad,
         bias_grad=bias_grad,
@@ -307,11 +310,12 @@ def make_call(
     """What the kernel gets: tensors in its layouts, sanitized if asked."""
     if p.sanitize and x.rows_q is not None and x.rows_k is not None:
         valid_k = valid_rows(x.rows_k, k.shape[0])
-        q = zero_padding(q, valid_k if x.rows_q is x.rows_k else valid_rows(x.rows_q, q.shape[0]))
+        shared = x.rows_q is x.rows_k and q.shape[0] == k.shape[0]
+        q = zero_padding(q, valid_k if shared else valid_rows(x.rows_q, q.shape[0]))
         k, v = zero_padding(k, valid_k), zero_padding(v, valid_k)
     return Call(
         q, k, v, p.spec, p.kernel.name, x.rows_q, x.rows_k,
-        None if p.core_sink else sink, x.alibi, bias, x.mask, x.block_mask,
+        None if p.core_sink else sink, x.alibi, bias, x.mask, x.block_mask, x.seed,
     )  # fmt: skip
 
 

@@ -132,7 +132,8 @@ class Packing:
         sanitize: treat padding of q, k, v and of the incoming gradient as zeros even where it is NaN or infinite.
             Finite padding never needs it. Costs one pass over each tensor.
         check: copy the offsets to the host once, here, and check them. With False nothing is copied if
-            ``max_seqlen`` is given, and the caller answers for the values.
+            ``max_seqlen`` is given, and the caller answers for the values. With 4-D tensors the first rows of each
+            entry are then the real ones.
 
     Raises:
         DtypeError: offsets that are not int32.
@@ -186,8 +187,7 @@ class Packing:
                 rows = known[1][-1]
             gaps = sum(lengths) != rows
         assert max_seqlen is not None
-        self.cu_seqlens = cu_seqlens
-        self.cu_seqlens_padded = starts
+        self.cu_seqlens, self.cu_seqlens_padded = _own(cu_seqlens), _own(starts)
         self.sanitize = sanitize
         self.check = check
         self._assemble(Facts(cu_seqlens.numel() - 1, max_seqlen, rows, gaps, lengths, firsts))
@@ -198,7 +198,9 @@ class Packing:
         self._shape = shape
         self._holes = holes  # memory rows of the real tokens, where they are not one run per sequence
         self._entry_rows = _entry_rows(facts)
-        self._table = build_table(self.cu_seqlens, self.cu_seqlens_padded, facts.rows)
+        self._longest = facts.max_seqlen if facts.lengths is None else max(facts.lengths, default=0)
+        with torch.inference_mode(False):  # a packing made or met there serves training too
+            self._table = build_table(self.cu_seqlens, self.cu_seqlens_padded, facts.rows)
         self._entries: dict[tuple[int, int], Packing] = {}
         self._set_rows()
 
@@ -255,7 +257,10 @@ class Packing:
             raise PackingError(f"max_sequences={max_sequences} is less than the {len(numbers)} lengths given")
         extra = count - len(numbers)
         cu, starts = _cumulative(numbers + [0] * extra), _cumulative(room + [0] * extra)
-        both = torch.tensor([cu, starts], dtype=torch.int32)
+        if starts[-1] >= 1 << 31:
+            raise PackingError(f"offsets are int32: at most {(1 << 31) - 1} rows, got {starts[-1]}")
+        with torch.inference_mode(False):
+            both = torch.tensor([cu, starts], dtype=torch.int32, device="cpu")
         _check_values((cu, starts), max_seqlen, max_rows)
         if device is not None and torch.device(device).type != "cpu":
             both = both.to(device)
@@ -298,21 +303,22 @@ class Packing:
         real = (mask != 0).cpu()
         counts = real.sum(1, dtype=torch.int64)
         firsts = real.int().argmax(1) if seq else counts
-        positions = torch.arange(seq)
+        positions = torch.arange(seq, device="cpu")
         run = (positions >= firsts[:, None]) & (positions < (firsts + counts)[:, None])
         lengths = tuple(counts.tolist())
-        cu = torch.tensor(_cumulative(lengths), dtype=torch.int32)
+        cu = torch.tensor(_cumulative(lengths), dtype=torch.int32, device="cpu")
         packing = cls.__new__(cls)
         packing.sanitize, packing.check = sanitize, True
-        packing.cu_seqlens = cu.to(mask.device)
+        packing.cu_seqlens = _own(cu.to(mask.device))
         rows, longest = batch * seq, max(lengths, default=0)
         if torch.equal(run, real):
-            starts = torch.cat([torch.arange(batch) * seq + firsts, torch.tensor([rows])]).to(torch.int32)
-            packing.cu_seqlens_padded = starts.to(mask.device)
+            begin = torch.arange(batch, device="cpu") * seq + firsts
+            starts = torch.cat([begin, torch.tensor([rows], device="cpu")]).to(torch.int32)
+            packing.cu_seqlens_padded = _own(starts.to(mask.device))
             facts = Facts(batch, longest, rows, sum(lengths) != rows, lengths, tuple(starts[:-1].tolist()))
             packing._assemble(facts, (batch, seq))
         else:
-            packing.cu_seqlens_padded = packing.cu_seqlens
+            packing.cu_seqlens_padded = _own(packing.cu_seqlens)
             holes = real.flatten().nonzero().flatten().to(mask.device)
             facts = Facts(batch, longest, sum(lengths), False, lengths, tuple(cu[:-1].tolist()))
             packing._assemble(facts, (batch, seq), holes)
@@ -336,12 +342,12 @@ class Packing:
             raise ShapeError(f"position_ids must be (rows,) or (batch, seq), got shape {tuple(position_ids.shape)}")
         if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
             raise DtypeError(f"position_ids must be integers, got {position_ids.dtype}")
-        ids = position_ids.reshape(1, -1) if position_ids.ndim == 1 else position_ids
-        new = torch.ones(ids.shape, dtype=torch.bool)
+        ids = (position_ids.reshape(1, -1) if position_ids.ndim == 1 else position_ids).long()
+        new = torch.ones(ids.shape, dtype=torch.bool, device="cpu")
         if ids.shape[1] > 1:
             new[:, 1:] = (ids[:, 1:] != ids[:, :-1] + 1).cpu()
         first = new.flatten().nonzero().flatten()
-        cu = torch.cat([first, torch.tensor([ids.numel()])]).to(torch.int32)
+        cu = torch.cat([first, torch.tensor([ids.numel()], device="cpu")]).to(torch.int32)
         packing = cls(cu if ids.numel() else cu[:1])
         packing.sanitize = sanitize
         return packing.to(position_ids.device)
@@ -454,7 +460,7 @@ class Packing:
         """The packing of what :meth:`pack` returns: the same sequences without padding."""
         packing = Packing.__new__(Packing)
         packing.sanitize, packing.check = self.sanitize, self.check
-        packing.cu_seqlens = packing.cu_seqlens_padded = self.cu_seqlens
+        packing.cu_seqlens, packing.cu_seqlens_padded = _own(self.cu_seqlens), _own(self.cu_seqlens)
         facts = self._facts
         starts = None if facts.lengths is None else tuple(_cumulative(facts.lengths)[:-1])
         rows = None if facts.lengths is None else sum(facts.lengths)
@@ -496,8 +502,9 @@ class Packing:
         """
         mine, theirs = self._facts, other._facts
         for name in ("sequences", "max_seqlen", "rows"):
-            limit, wanted = getattr(mine, name), getattr(other, name if name != "sequences" else "num_sequences")
-            if limit is not None and wanted > limit:
+            limit = getattr(mine, name)
+            wanted = None if limit is None else getattr(other, name if name != "sequences" else "num_sequences")
+            if wanted is not None and wanted > limit:
                 raise PackingError(f"copy_: {name} is {wanted}, this packing was made for at most {limit}")
         if self._shape != other._shape or self._holes is not None or other._holes is not None:
             raise PackingError(
@@ -508,12 +515,19 @@ class Packing:
                 "copy_: the new batch has padding and this packing was made without; make it with a fixed capacity: "
                 "Packing.from_lengths(..., max_rows=...)"
             )
+        for (batch, seq), entry in self._entries.items():
+            if not entry._facts.gaps and (theirs.lengths is None or sum(theirs.lengths) != batch * seq):
+                raise PackingError(
+                    f"copy_: this packing was used for full entries of {seq} rows, and the new batch has padding "
+                    "there; make it with a fixed capacity: Packing.from_lengths(..., max_seqlen=...)"
+                )
         missing = mine.sequences - theirs.sequences
         self.cu_seqlens.copy_(_extended(other.cu_seqlens, missing), non_blocking=True)
         self.cu_seqlens_padded.copy_(_extended(other.cu_seqlens_padded, missing), non_blocking=True)
         self._table.copy_(build_table(self.cu_seqlens, self.cu_seqlens_padded, mine.rows))
         if mine.lengths is not None:
             self._facts = Facts(mine.sequences, mine.max_seqlen, mine.rows, mine.gaps)
+            self._entry_rows = _entry_rows(self._facts)
         self._set_rows()
         for (batch, seq), entry in self._entries.items():
             entry.copy_(self._right_padded(batch, seq))
@@ -577,14 +591,21 @@ class Packing:
     def _right_padded(self, batch: int, seq: int) -> Packing:
         packing = Packing.__new__(Packing)
         packing.sanitize, packing.check = self.sanitize, self.check
-        packing.cu_seqlens = self.cu_seqlens.clone()
-        packing.cu_seqlens_padded = torch.arange(batch + 1, dtype=torch.int32, device=self.device) * seq
+        packing.cu_seqlens = _own(self.cu_seqlens)
+        with torch.inference_mode(False):
+            packing.cu_seqlens_padded = torch.arange(batch + 1, dtype=torch.int32, device=self.device) * seq
         facts = self._facts
         gaps = facts.lengths is None or sum(facts.lengths) != batch * seq
         longest = min(facts.max_seqlen, seq)
         starts = None if facts.lengths is None else tuple(i * seq for i in range(batch))
         packing._assemble(Facts(batch, longest, batch * seq, gaps, facts.lengths, starts))
         return packing
+
+
+def _own(offsets: Tensor) -> Tensor:
+    """A copy that nobody else writes to, usable for training wherever it was made."""
+    with torch.inference_mode(False):
+        return offsets.clone()
 
 
 def _entry_rows(facts: Facts) -> int:
@@ -594,7 +615,7 @@ def _entry_rows(facts: Facts) -> int:
         return -1
     size = rows // n
     if facts.starts is None or facts.lengths is None:
-        return size  # the caller answers for them
+        return -1  # not known here: 4-D tensors then have the first rows of each entry
     pairs = enumerate(zip(facts.starts, facts.lengths, strict=True))
     return size if all(i * size <= s and s + length <= (i + 1) * size for i, (s, length) in pairs) else -1
 

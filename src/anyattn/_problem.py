@@ -56,6 +56,8 @@ class Problem:
     """The bias's dtype, or None."""
     mask: Literal[None, "tensor", "block"] = None
     dropout: bool = False
+    nonpositive_scale: bool = False
+    """A scale of zero or below, where masking before scaling goes wrong."""
     grad: bool = False
     """A gradient of q, k or v is needed."""
     sink_grad: bool = False
@@ -98,6 +100,7 @@ class Problem:
             "mask": self.mask == "tensor",
             "block_mask": self.mask == "block",
             "dropout": self.dropout,
+            "nonpositive_scale": self.nonpositive_scale,
             "lse_grad": self.lse_grad,
             "deterministic": self.deterministic and self.needs_backward,
         }

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from packaging.version import InvalidVersion, Version
@@ -147,7 +148,7 @@ traced_preference: Preference | None = None
 
 
 @lru_cache
-def _environment_preference() -> Preference:
+def environment_preference() -> Preference:
     """``ANYATTN_BACKEND``, read once: looking it up costs as much as all the rest of a cached choice."""
     value = os.environ.get("ANYATTN_BACKEND", "")
     try:
@@ -158,7 +159,7 @@ def _environment_preference() -> Preference:
 
 def default_preference() -> Preference:
     """What ``backend="auto"`` means here: ``use()``, else ``ANYATTN_BACKEND``, else any."""
-    return _preference.get() or _environment_preference()
+    return _preference.get() or environment_preference()
 
 
 def use(backend: str | Sequence[str]) -> AbstractContextManager[None]:
@@ -188,17 +189,20 @@ def use(backend: str | Sequence[str]) -> AbstractContextManager[None]:
 def _using(parsed: Preference) -> Iterator[None]:
     global traced_preference
     token = _preference.set(parsed)
-    outer, traced_preference = traced_preference, parsed
+    traced_preference = parsed
     try:
         yield
     finally:
-        traced_preference = outer
         _preference.reset(token)
+        traced_preference = _preference.get()
 
 
 # --- what is installed ---
 
 _broken: dict[str, str] = {}
+
+#: What depends on the world besides ``choose``, which takes it as an argument: emptied when the world is forgotten.
+caches: list[dict[Any, Any]] = []
 _world: World | None = None
 
 
@@ -245,8 +249,10 @@ def forget_world() -> None:
     global _world
     _world = None
     _broken.clear()
+    for cache in caches:
+        cache.clear()
     load.cache_clear()
-    _environment_preference.cache_clear()
+    environment_preference.cache_clear()
 
 
 @lru_cache

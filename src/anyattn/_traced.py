@@ -8,7 +8,6 @@ enter as (B, S, H, D) or (T, H, D).
 from __future__ import annotations
 
 import ast
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -53,7 +52,7 @@ def attention(
     if torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
         q, k, v = (x.to(low) if x.dtype == torch.float32 else x for x in (q, k, v))
-    swap = _SWAP.get(layout or "")
+    swap = _SWAP.get(layout or "") if q.ndim == 4 else None
     if swap is not None:
         q, k, v = q.transpose(*swap), k.transpose(*swap), v.transpose(*swap)
     grad = torch.is_grad_enabled()
@@ -61,33 +60,46 @@ def attention(
     # Comparing two packings' lengths here would make every length a guard: other keys count as of any length.
     relation = "equal" if t.packing is not None and t.packing_kv in (None, t.packing) else "any"
     left, right = (None, None) if window is None else window
-    # What may vary from call to call is an argument, so that it can become symbolic; -1 and NaN stand for None.
-    sides = [-1 if left is None else left, -1 if right is None else right]
-    factors = [math.nan if scale is None else scale, math.nan if softcap is None else softcap, dropout]
+    # What may vary from call to call is an argument, so that it can become symbolic.
+    sides, factors = [_side(left), _side(right)], [scale or 0.0, softcap or 0.0, dropout]
+    given = scale is not None, softcap is not None
+    # Drawn here, where activation checkpointing keeps it the same in the recomputation.
+    seed = torch.randint(-(1 << 62), 1 << 62, (2,), dtype=torch.int64, device=q.device) if dropout else None
     static = repr((
-        causal, "thd" if q.ndim == 3 else "bshd",
+        causal, "bshd" if swap is not None else layout, given,
         backend if isinstance(backend, str) else tuple(backend), preference, deterministic,
         torch.are_deterministic_algorithms_enabled(), return_lse, relation,
         grad and (q.requires_grad or k.requires_grad or v.requires_grad),
+        grad and t.alibi_slopes is not None and t.alibi_slopes.requires_grad,
         grad and t.sink is not None and t.sink.requires_grad, grad and t.bias is not None and t.bias.requires_grad,
     ))  # fmt: skip
     table_q, sizes_q = _flat(t.packing)
-    table_k, sizes_k = (table_q, sizes_q) if t.packing_kv is None else _flat(t.packing_kv)
+    table_k, sizes_k = _flat(t.packing_kv)
     out, lse, _ = torch.ops.anyattn.attention(
-        q, k, v, t.sink, t.alibi_slopes, t.bias, t.mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static
-    )
+        q, k, v, t.sink, t.alibi_slopes, t.bias, t.mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static,
+        seed,
+    )  # fmt: skip
     if swap is not None:
         out = out.transpose(*swap)
     return (out, lse.float()) if return_lse else out
 
 
+def _side(side: int | None) -> int:
+    """A side of the window as an int: -1 is None, and negative ones stay wrong."""
+    if side is None:
+        return -1
+    return side if side >= 0 else side - 1
+
+
 def _flat(packing: Packing | None) -> tuple[Tensor | None, list[int]]:
-    """A packing as a tensor and ints: sequences, max_seqlen, rows or -1, gaps, sanitize, size of its entries."""
+    """A packing as a tensor and ints, as ``_packing_key`` and ``_rows`` read them."""
     if packing is None:
         return None, []
     facts = packing._facts
     rows = -1 if facts.rows is None else facts.rows
-    numbers = [facts.sequences, facts.max_seqlen, rows, int(facts.gaps), int(packing.sanitize), packing._entry_rows]
+    shape = packing._shape or (-1, -1)
+    flags = [int(facts.gaps), int(packing.sanitize)]
+    numbers = [facts.sequences, facts.max_seqlen, packing._longest, rows, *flags, packing._entry_rows, *shape]
     return packing._table, numbers
 
 
@@ -108,8 +120,12 @@ def _packing_key(q: Tensor, table: Tensor | None, sizes: list[int]) -> tuple[Any
     """What ``Packing._key`` holds, for the rows that the tensor has."""
     if table is None:
         return None
-    sequences, longest, rows, gaps, sanitize, entry_rows = sizes
+    sequences, bound, longest, rows, gaps, sanitize, entry_rows, *shape = sizes
     if q.ndim == 4:
+        if shape[0] >= 0 and tuple(shape) != q.shape[:2]:
+            raise PackingError(
+                f"the packing was made from a mask of shape {tuple(shape)}, the batch is {tuple(q.shape[:2])}"
+            )
         if sequences != q.shape[0] or longest > q.shape[1]:
             raise PackingError(
                 f"with 4-D tensors sequence i lies in batch entry i: the packing has {sequences} sequences of up to "
@@ -117,7 +133,8 @@ def _packing_key(q: Tensor, table: Tensor | None, sizes: list[int]) -> tuple[Any
             )
         in_place = rows == q.shape[0] * q.shape[1] and entry_rows == q.shape[1]
         rows, gaps = q.shape[0] * q.shape[1], gaps if in_place else True
-    return sequences, longest, None if rows < 0 else rows, bool(gaps), None, bool(sanitize), table.device, False
+        bound = min(bound, q.shape[1])
+    return sequences, bound, None if rows < 0 else rows, bool(gaps), None, bool(sanitize), table.device, False
 
 
 def _request(
@@ -136,24 +153,26 @@ def _request(
     factors: list[float],
     static: str,
 ) -> Request:
-    causal, layout, backend, preference, *more = _parse(static)
-    left, right = (None if side == -1 else side for side in sides)
+    causal, layout, given, backend, preference, *more = _parse(static)
+    left, right = (None if side == -1 else side + (side < 0) for side in sides)
     window = None if left is None and right is None else (left, right)
-    scale, softcap = (None if math.isnan(factor) else factor for factor in factors[:2])
+    scale, softcap = (factor if there else None for factor, there in zip(factors[:2], given, strict=True))
     dropout = factors[2]
-    deterministic, torch_deterministic, return_lse, relation, grad, sink_grad, bias_grad = more
+    deterministic, torch_deterministic, return_lse, relation, grad, alibi_grad, sink_grad, bias_grad = more
     return Request(
         _meta(q, grad), _meta(k, grad), _meta(v, grad), causal, window, scale, softcap, _meta(sink, sink_grad),
-        _meta(alibi, False), _meta(bias, bias_grad), _meta(mask, False), dropout, layout,
+        _meta(alibi, alibi_grad), _meta(bias, bias_grad), _meta(mask, False), dropout, layout,
         _packing_key(q, table_q, sizes_q), _packing_key(k, table_k, sizes_k), relation, backend,
-        preference or _select.default_preference(), deterministic, torch_deterministic, return_lse, None,
+        preference or _select.environment_preference(), deterministic, torch_deterministic, return_lse, None,
     )  # fmt: skip
 
 
 def _rows(x: Tensor, table: Tensor | None, sizes: list[int], gaps: bool) -> Rows | None:
     if table is None:
         return None
-    sequences, longest, rows, _, _, entry_rows = sizes
+    sequences, longest, _, rows, _, _, entry_rows, *_ = sizes
+    if x.ndim == 4:
+        longest = min(longest, x.shape[1])
     if x.ndim == 4 and not (rows == x.shape[0] * x.shape[1] and entry_rows == x.shape[1]):
         lengths = rows_of_table(table, sequences, longest, True, None).lengths
         cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
@@ -163,6 +182,7 @@ def _rows(x: Tensor, table: Tensor | None, sizes: list[int], gaps: bool) -> Rows
 
 
 _prepared: dict[Request, Prepared] = {}
+_select.caches.append(_prepared)
 
 
 def _prepare(request: Request) -> Prepared:
@@ -184,13 +204,15 @@ def _inputs(
     table_k: Tensor | None,
     sizes_q: list[int],
     sizes_k: list[int],
+    seed: Tensor | None,
 ) -> Inputs:
-    if request.packing is None or request.packing_kv is None:
-        return Inputs(None, None, alibi, _four_dims(mask), None)
+    if request.packing is None:
+        return Inputs(None, None, alibi, _four_dims(mask), None, seed)
     rows_q = _rows(q, table_q, sizes_q, request.packing[3])
-    same = table_k is table_q and q.shape[:2] == k.shape[:2]
-    rows_k = rows_q if same else _rows(k, table_k, sizes_k, request.packing_kv[3])
-    return Inputs(rows_q, rows_k, alibi, _four_dims(mask), None)
+    rows_k = rows_q
+    if request.packing_kv is not None:
+        rows_k = _rows(k, table_k, sizes_k, request.packing_kv[3])
+    return Inputs(rows_q, rows_k, alibi, _four_dims(mask), None, seed)
 
 
 def _four_dims(x: Tensor | None) -> Tensor | None:
@@ -213,16 +235,16 @@ def _forward_op(
     sides: list[int],
     factors: list[float],
     static: str,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static)
     p = _prepare(request)
-    x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k)
+    x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k, seed)
     enter, layout = p.layout.enter, p.layout
     call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
     out, lse, rng = _core.forward(p, call, sink)
     lse = out.new_empty(_lse_shape(q), dtype=p.lse_dtype) if lse is None else layout.leave_lse(lse).contiguous()
-    if rng is None:
-        rng = out.new_empty(2, dtype=torch.int64)
+    rng = out.new_empty(2, dtype=torch.int64) if rng is None else rng.clone()
     return layout.leave(out).contiguous(), lse, rng
 
 
@@ -246,6 +268,7 @@ def _forward_fake(
     sides: list[int],
     factors: list[float],
     static: str,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -276,7 +299,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static)
     p = _prepare(request)
-    x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k)
+    x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k, None)
     enter, layout = p.layout.enter, p.layout
     call = _core.make_call(p, enter(q), enter(k), enter(v), None, _four_dims(bias), x)
     saved = Saved(enter(out), p.layout.enter_lse(lse), rng)
@@ -287,7 +310,8 @@ def _backward_op(
     dsink = none
     if sink is not None and request.sink is not None and request.sink.requires_grad:
         dsink = _core.sink_gradient(sink, saved, dout, dlse)
-    shaped = none.clone() if dbias is None or bias is None else dbias.reshape(bias.shape)
+    wanted = request.bias is not None and request.bias.requires_grad
+    shaped = dbias.reshape(bias.shape) if wanted and dbias is not None and bias is not None else none.clone()
     dq, dk, dv = layout.leave(dq).contiguous(), layout.leave_keys(dk).contiguous(), layout.leave_keys(dv).contiguous()
     return dq, dk, dv, dsink, shaped.contiguous()
 
@@ -321,7 +345,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static = inputs
+    q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static, _ = inputs
     ctx.save_for_backward(q, k, v, sink, alibi, bias, mask, table_q, table_k, *output)
     ctx.sizes_q, ctx.sizes_k, ctx.sides, ctx.factors, ctx.static = sizes_q, sizes_k, sides, factors, static
 
@@ -329,7 +353,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, drng: Tensor | None) -> tuple[Any, ...]:
     q, k, v, sink, alibi, bias, mask, table_q, table_k, out, lse, rng = ctx.saved_tensors
     static = _parse(ctx.static)
-    return_lse, *_, sink_grad, bias_grad = static[6:]
+    return_lse, *_, sink_grad, bias_grad = static[7:]
     dlse = dlse if return_lse else None
     dq, dk, dv, dsink, dbias = torch.ops.anyattn.attention_backward(
         dout,
@@ -352,7 +376,7 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, drng: Tensor | None) 
         lse,
         rng,
     )
-    return dq, dk, dv, dsink if sink_grad else None, None, dbias if bias_grad else None, *(None,) * 8
+    return dq, dk, dv, dsink if sink_grad else None, None, dbias if bias_grad else None, *(None,) * 9
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

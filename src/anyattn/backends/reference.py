@@ -250,8 +250,9 @@ def _pieces(call: Call) -> Iterator[Piece]:
         yield Piece(entry, row_q, row_k, full * rows_q, full * rows_k)
     elif call.rows_q.host is not None and call.rows_k.host is not None:
         for i, (q, k) in enumerate(zip(call.rows_q.host, call.rows_k.host, strict=True)):
-            rows = [torch.arange(start, start + length)[None] for start, length in (q, k)]
-            yield Piece(torch.tensor([i]), rows[0], rows[1], torch.tensor([q[1]]), torch.tensor([k[1]]))
+            rows = [torch.arange(start, start + length, device=device)[None] for start, length in (q, k)]
+            one, len_q, len_k = (torch.tensor([n], device=device) for n in (i, q[1], k[1]))
+            yield Piece(one, rows[0], rows[1], len_q, len_k)
     else:
         entry = torch.arange(call.rows_q.lengths.shape[0], device=device)
         row_q, row_k = _padded(call.rows_q, call.q.shape[0]), _padded(call.rows_k, call.k.shape[0])
@@ -310,7 +311,9 @@ def forward(call: Call) -> Result:
     """See ``Backend.forward``."""
     dtype = _compute_dtype(call)
     seed = None
-    if call.spec.dropout:
+    if call.seed is not None:
+        seed = call.seed
+    elif call.spec.dropout:
         seed = torch.randint(-(1 << 62), 1 << 62, (2,), dtype=torch.int64, device=call.q.device)
     out = _Memory(call, call.q[..., :1].expand(*call.q.shape[:-1], call.v.shape[-1]), call.q.dtype)
     lse = _Memory(call, call.q[..., 0], dtype)

@@ -345,7 +345,7 @@ def _additive(call: Call, piece: _Piece) -> _Additive | None:
     if _plain(call, rows == keys):
         return None
     dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    values = torch.zeros(1, 1, rows, keys, dtype=dtype)
+    values = torch.zeros(1, 1, rows, keys, dtype=dtype, device=call.q.device)
     if call.alibi is not None:
         slopes = call.alibi if call.alibi.ndim == 1 else call.alibi[_entries(call, piece)]
         slopes = slopes.reshape(-1, call.q.shape[-2], 1, 1).to(dtype)
@@ -434,7 +434,8 @@ def _cpu_forward(call: Call) -> Result:
         return Result(out if wide is call else out[..., :dim_v], lse)
     rows, heads, _ = call.q.shape
     packed = call.q.new_zeros(rows, heads, dim_v)
-    lses = torch.full((heads, rows), -INF, dtype=torch.float64 if call.q.dtype == torch.float64 else torch.float32)
+    precise = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    lses = torch.full((heads, rows), -INF, dtype=precise, device=call.q.device)
     for piece in _pieces(call):
         out, lse = _cpu_forward_piece(wide, piece)
         place = slice(piece.start_q, piece.start_q + piece.len_q)

@@ -285,6 +285,7 @@ def _traced_packing(name: str, offsets: Tensor, longest: int | None, rows: int) 
     packing.cu_seqlens = packing.cu_seqlens_padded = _one_row(name, offsets).to(torch.int32)
     packing._facts = Facts(offsets.numel() - 1, rows if longest is None else longest, rows, True)
     packing._shape, packing._holes, packing._entry_rows = None, None, -1
+    packing._longest = packing._facts.max_seqlen
     packing._table = build_table(packing.cu_seqlens, packing.cu_seqlens, rows)
     return packing
 

@@ -292,8 +292,11 @@ def _is_flat(packing: Packing, shape: Shape) -> bool:
     """Whether a packing counts rows of the flattened batch, as it must where an entry holds several documents."""
     if packing._shape is not None:
         return False
-    rows = packing._facts.rows
-    return shape.batch == 1 or packing.num_sequences != shape.batch or rows == shape.batch * shape.queries
+    facts = packing._facts
+    if shape.batch == 1 or facts.sequences != shape.batch:
+        return True
+    across = facts.starts is not None and packing._entry_rows != shape.queries
+    return across and facts.rows == shape.batch * shape.queries
 
 
 # --- padding and positions ---
