@@ -13,18 +13,23 @@ from anyattn._call import Rows
 if TYPE_CHECKING:
     from anyattn._padding import Fill
 
+#: Programs of a launch, about: enough to fill any GPU, few enough to cost nothing where there is nothing to write.
+_PROGRAMS = 2048
+
 
 @triton.jit
-def _fill(x, row_stride, head_stride, heads, dim, value, padding, row, BLOCK_C: tl.constexpr):
-    """Write value into the padding rows of one (rows, heads, dim) tensor; lse is (rows, heads, 1)."""
-    column = tl.arange(0, BLOCK_C)
+def _fill(
+    x, row_stride, head_stride, heads, dim, value, row, inside, DENSE: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Write value into some rows of one (rows, heads, dim) tensor; lse is (rows, heads, 1)."""
     width = heads * dim
     for start in range(0, width, BLOCK_C):
-        c = start + column
-        offset = row.to(tl.int64)[:, None] * row_stride + ((c // dim).to(tl.int64) * head_stride + c % dim)[None, :]
-        tl.store(
-            x + offset, tl.full(offset.shape, value, x.dtype.element_ty), mask=padding[:, None] & (c < width)[None, :]
-        )
+        c = start + tl.arange(0, BLOCK_C)
+        # Told that heads follow one another, the compiler writes 16 bytes at a time.
+        column = c if DENSE else (c // dim) * head_stride + c % dim
+        offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :]
+        filling = tl.full(offset.shape, value, x.dtype.element_ty)
+        tl.store(x + offset, filling, mask=inside[:, None] & (c < width)[None, :])
 
 
 @triton.jit
@@ -32,26 +37,19 @@ def _fill_gaps(
     starts, lengths, num_sequences, total_rows,
     a, a_row, a_head, a_heads, a_dim, a_value,
     b, b_row, b_head, b_heads, b_dim, b_value,
-    HAS_B: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_B: tl.constexpr, A_DENSE: tl.constexpr, B_DENSE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    # The last sequence that starts at or before each row: STEPS halvings of [low, high).
-    low = tl.zeros([BLOCK_R], tl.int32)
-    high = low + num_sequences
-    for _ in tl.static_range(STEPS):
-        middle = (low + high) // 2
-        begins = tl.load(starts + middle, mask=middle < num_sequences, other=2147483647)
-        before = (begins <= row) & (low < high)
-        low = tl.where(before, middle + 1, low)
-        high = tl.where(before, high, tl.minimum(middle, high))
-    sequence = low - 1
-    begin = tl.load(starts + sequence, mask=sequence >= 0, other=0)
-    length = tl.load(lengths + sequence, mask=sequence >= 0, other=0)
-    padding = (row < total_rows) & ((sequence < 0) | (row >= begin + length))
-    if tl.max(padding.to(tl.int32), 0) > 0:
-        _fill(a, a_row, a_head, a_heads, a_dim, a_value, padding, row, BLOCK_C)
+    # Gap i lies between the end of sequence i - 1 and the start of sequence i; the last one ends with the tensor.
+    gap = tl.program_id(0)
+    before = gap > 0
+    begin = tl.load(starts + gap - 1, mask=before, other=0) + tl.load(lengths + gap - 1, mask=before, other=0)
+    end = tl.minimum(tl.load(starts + gap, mask=gap < num_sequences, other=total_rows), total_rows)
+    for first in range(begin + tl.program_id(1) * BLOCK_R, end, tl.num_programs(1) * BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        inside = row < end
+        _fill(a, a_row, a_head, a_heads, a_dim, a_value, row, inside, A_DENSE, BLOCK_C)
         if HAS_B:
-            _fill(b, b_row, b_head, b_heads, b_dim, b_value, padding, row, BLOCK_C)
+            _fill(b, b_row, b_head, b_heads, b_dim, b_value, row, inside, B_DENSE, BLOCK_C)
 
 
 def _strides(x: Tensor, rows_dim: int) -> tuple[int, int, int, int]:
@@ -67,12 +65,12 @@ def fill_gaps(rows: Rows, fills: tuple[Fill, ...]) -> None:
         (a, a_dim, a_value), *rest = fills[first : first + 2]
         b, b_dim, b_value = rest[0] if rest else (a, a_dim, a_value)
         total = a.shape[a_dim]
-        sequences = rows.lengths.shape[0]
         if total == 0:
             continue
-        # Empty sequences share their start with the next one: the search finds the last of them, which holds the rows.
-        _fill_gaps[(triton.cdiv(total, 32),)](
-            rows.starts, rows.lengths, sequences, total,
-            a, *_strides(a, a_dim), a_value, b, *_strides(b, b_dim), b_value,
-            HAS_B=bool(rest), STEPS=sequences.bit_length() + 1, BLOCK_R=32, BLOCK_C=256, num_warps=4,
+        gaps = rows.lengths.shape[0] + 1
+        share = max(1, min(triton.cdiv(total, 8), _PROGRAMS // gaps))
+        of_a, of_b = _strides(a, a_dim), _strides(b, b_dim)
+        _fill_gaps[(gaps, share)](
+            rows.starts, rows.lengths, gaps - 1, total, a, *of_a, a_value, b, *of_b, b_value, HAS_B=bool(rest),
+            A_DENSE=of_a[1] == of_a[3], B_DENSE=of_b[1] == of_b[3], BLOCK_R=8, BLOCK_C=1024, num_warps=4,
         )  # fmt: skip
