@@ -29,7 +29,7 @@ from anyattn.cli import _render
 _VARIABLES = {
     "ANYATTN_BACKEND": 'which backends backend="auto" may be: names with commas',
     "ANYATTN_LOG": "what is logged to standard error: debug, info, warning or error",
-    "ANYATTN_CACHE_DIR": "where measurements of this machine are kept",
+    "ANYATTN_CACHE_DIR": "where measurements of this machine will be kept; none yet",
 }
 #: Packages that more of anyattn needs: (distribution, the extra, what for).
 _EXTRAS = (
