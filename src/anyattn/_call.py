@@ -83,7 +83,7 @@ class Call(NamedTuple):
     sink: Tensor | None = None
     """(H,), only where the kernel declared that it applies such a sink itself: out and lse then include it."""
     alibi: Tensor | None = None
-    """(H,) or (N, H) float32."""
+    """(H,) or (N, H), of any float dtype."""
     bias: Tensor | None = None
     """Broadcastable to (B, H, S, Sk); 4-D."""
     mask: Tensor | None = None

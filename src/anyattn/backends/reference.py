@@ -1,6 +1,6 @@
 """The specification: attention in plain eager torch, on any device, in any float dtype, with every feature.
 
-Read ``_probabilities`` to know what anyattn means by attention. Nothing here is fast, and optimised code never imports
+Read ``_scores`` to know what anyattn means by attention. Nothing here is fast, and optimised code never imports
 it. Half precision computes in float32; float64 stays float64.
 
 Legend: B batch, S query rows, K key rows, H heads, G = num_kv_heads, D head_dim, V head_dim_v. A packed batch is cut
@@ -97,19 +97,18 @@ def _scores(call: Call, piece: Piece, q: Tensor, k: Tensor) -> tuple[Tensor, Ten
     return raw, final.masked_fill(~visible, float("-inf"))
 
 
-def _probabilities(final: Tensor, lse: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(probabilities, lse) as (B, H, S, K) and (B, H, S). A row that sees nothing has zeros and -inf."""
-    if sink is not None:
-        lse = torch.logaddexp(lse, sink.to(lse.dtype)[None, :, None])
+def _probabilities(final: Tensor, lse: Tensor) -> Tensor:
+    """(B, H, S, K), from scores and lse (B, H, S). A row that sees nothing has zeros; a sink in lse has its share."""
     finite = lse.masked_fill(lse == float("-inf"), 0.0)
-    return torch.exp(final - finite[..., None]), lse
+    return torch.exp(final - finite[..., None])
 
 
 def _forward_piece(
     call: Call, piece: Piece, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     _, final = _scores(call, piece, q, k)
-    p, lse = _probabilities(final, torch.logsumexp(final, -1), call.sink)
+    lse = torch.logsumexp(final, -1)
+    p = _probabilities(final, lse)
     if seed is not None:
         p = p * _keep(call, piece, p, seed)
     return _matmul_values(p, v), lse
@@ -121,7 +120,7 @@ def _backward_piece(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv, dscores) from the final out and lse."""
     raw, final = _scores(call, piece, q, k)
-    p, _ = _probabilities(final, lse)
+    p = _probabilities(final, lse)
     dp = _matmul_heads(dout, v)
     kept = p
     if seed is not None:
