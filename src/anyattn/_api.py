@@ -12,7 +12,7 @@ from torch import Tensor
 from anyattn import _autograd, _core, _environment, _select, _traced
 from anyattn._call import Call
 from anyattn._core import Inputs, Prepared
-from anyattn._errors import InvalidArgument, PackingError
+from anyattn._errors import InvalidArgument, PackingError, Refused
 from anyattn._packing import Packing
 from anyattn._request import (
     Request,
@@ -168,9 +168,17 @@ def attention(
     if packing is not None:
         rows_q = packing._rows
         rows_k = rows_q if packing_kv is None else packing_kv._rows
-    if prepared.bare and bias is None and _core.on_current_device(prepared):
-        return prepared.backend.forward(Call(q, k, v, prepared.spec, prepared.kernel.name, rows_q, rows_k)).out
-    out, lse = _autograd.run(prepared, Inputs(rows_q, rows_k, None, None, None), q, k, v, None, bias)
+    try:
+        if prepared.bare and bias is None and _core.on_current_device(prepared):
+            return prepared.backend.forward(Call(q, k, v, prepared.spec, prepared.kernel.name, rows_q, rows_k)).out
+        out, lse = _autograd.run(prepared, Inputs(rows_q, rows_k, None, None, None), q, k, v, None, bias)
+    except Refused as refused:
+        _core.refuse(prepared, refused)
+        return attention(  # type: ignore
+            q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, dropout=dropout,
+            layout=layout, packing=packing, packing_kv=packing_kv, backend=backend, deterministic=deterministic,
+            return_lse=return_lse,
+        )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -196,15 +204,22 @@ def _attention(
     if t.packing is not None and getattr(t.packing, "_holes", None) is not None:
         options = (causal, window, scale, softcap, dropout, backend, deterministic, return_lse)
         return _through_packing(t, layout, *options)
-    if prepared is None:
-        request = make_request(t, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
-        prepared = _core.prepare(request)
-        if key is not None:
-            if len(_prepared) >= _CACHE_SIZE:
-                _prepared.clear()
-            _prepared[key] = prepared
-    out, lse = _autograd.run(prepared, _inputs(prepared, t), t.q, t.k, t.v, t.sink, t.bias)
-    return (out, lse) if return_lse else out
+    while True:
+        if prepared is None:
+            request = make_request(
+                t, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse
+            )
+            prepared = _core.prepare(request)
+            if key is not None:
+                if len(_prepared) >= _CACHE_SIZE:
+                    _prepared.clear()
+                _prepared[key] = prepared
+        try:
+            out, lse = _autograd.run(prepared, _inputs(prepared, t), t.q, t.k, t.v, t.sink, t.bias)
+            return (out, lse) if return_lse else out
+        except Refused as refused:
+            _core.refuse(prepared, refused)
+            prepared = None
 
 
 def make_request(

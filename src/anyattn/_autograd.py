@@ -30,7 +30,7 @@ class Attention(torch.autograd.Function):
         """Returns (out, lse or None)."""
         enter = p.layout.enter
         call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
-        out, lse, rng = _core.forward(p, call, sink)
+        out, lse, rng, ctx.held = _core.forward(p, call, sink)
         ctx.prepared, ctx.inputs = p, x._replace(alibi=None, mask=None)  # those two are saved, where hooks see them
         ctx.set_materialize_grads(False)
         # The offsets are saved too, so that refilling a Packing before backward is an error and not a wrong gradient.
@@ -61,7 +61,7 @@ class Attention(torch.autograd.Function):
             return (None,) * 7
         dout = torch.zeros_like(out) if dout is None else p.layout.enter(dout)
         dlse = None if dlse is None else p.layout.enter_lse(dlse)
-        saved = Saved(out, lse, rng)
+        saved = Saved(out, lse, rng, ctx.held)
         enter = p.layout.enter
         call = _core.make_call(p, enter(q), enter(k), enter(v), None, _four_dims(bias), x)
         dq, dk, dv, dbias = _core.backward(p, call, saved, dout, dlse)
@@ -103,6 +103,6 @@ def run(p: Prepared, x: Inputs, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | 
     layout = p.layout
     if not layout.is_identity:
         q, k, v = layout.enter(q), layout.enter(k), layout.enter(v)
-    out, lse, _ = _core.forward(p, _core.make_call(p, q, k, v, sink, _four_dims(bias), x), sink)
+    out, lse, _, _ = _core.forward(p, _core.make_call(p, q, k, v, sink, _four_dims(bias), x), sink)
     returned = layout.leave_lse(lse).float() if p.return_lse and lse is not None else None
     return out if layout.is_identity else layout.leave(out), returned

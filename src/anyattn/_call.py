@@ -30,6 +30,8 @@ class Rows:
     without queries. With ``gaps`` False, ``starts`` alone says all.
     """
 
+    table: Tensor
+    """What the other four are views of: the batch's identity, for what is derived from it."""
     starts: Tensor
     """(N + 1,): first row of each sequence, then the end of the last one's room."""
     lengths: Tensor
@@ -62,6 +64,8 @@ class Spec:
     """Every key sequence is known to be as long as its query sequence: alignments coincide."""
     sees_key: bool = False
     """Every real query row is known to see a key, so that no kernel's lse of an empty row can appear."""
+    needs_backward: bool = False
+    """A backward is expected to follow."""
 
 
 class Call(NamedTuple):
@@ -90,7 +94,7 @@ class Call(NamedTuple):
     """bool, broadcastable to (B, H, S, Sk); 4-D."""
     block_mask: BlockMask | None = None
     seed: Tensor | None = None
-    """int64 (2,): for dropout, where the caller drew it; else the kernel draws its own."""
+    """int64 (2,) on the CPU: for dropout, where the caller drew it; else the kernel draws its own."""
 
 
 class Result(NamedTuple):
@@ -100,7 +104,9 @@ class Result(NamedTuple):
     lse: Tensor | None
     """None only if the spec did not need it."""
     rng: Tensor | None = None
-    """int64 (2,): what backward needs to repeat dropout."""
+    """int64 (2,), on any device: what backward needs to repeat dropout."""
+    held: Any = None
+    """Whatever else backward would gladly have; opaque, and lost under torch.compile. out is not written to then."""
 
 
 class Saved(NamedTuple):
@@ -109,6 +115,8 @@ class Saved(NamedTuple):
     out: Tensor
     lse: Tensor
     rng: Tensor | None
+    held: Any = None
+    """As forward returned it, or None: backward must do without."""
 
 
 class Gradients(NamedTuple):
@@ -137,11 +145,11 @@ class Backend(Protocol):
     def probe(self) -> Probe:
         """The installed version, without importing the kernel."""
 
-    def load(self) -> Any:
-        """Import what the kernels need; raise whatever goes wrong."""
+    def load(self) -> frozenset[str] | None:
+        """Import what the kernels need; raise whatever goes wrong. Returns flags that only the import could tell."""
 
     def forward(self, call: Call) -> Result:
-        """Compute out and lse."""
+        """Compute out and lse. Raises Refused, before anything runs, where a kernel's own check says no."""
 
     def backward(self, call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:
         """Compute the gradients from the final out and lse. dlse is given only to kernels that declared it native."""

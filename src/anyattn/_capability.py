@@ -72,6 +72,21 @@ class HeadDims:
     maximum: int
     multiple_of: int = 1
     maximum_backward: int | None = None
+    pads: bool = False
+    """The core pads other head dims with zeros, which changes no score and no value."""
+    equal: bool = False
+    """head_dim_v must be head_dim: the core pads the smaller one, where it pads."""
+
+    def used(self, head_dim: int, head_dim_v: int) -> tuple[int, int]:
+        """(head_dim, head_dim_v) that the kernel is run with."""
+        if not self.pads:
+            return head_dim, head_dim_v
+        if self.equal:
+            head_dim = head_dim_v = max(head_dim, head_dim_v)
+        return self._rounded(head_dim), self._rounded(head_dim_v)
+
+    def _rounded(self, dim: int) -> int:
+        return -(-dim // self.multiple_of) * self.multiple_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +100,8 @@ class Row:
     fixed: str | None = None
     """First version without it (None: not fixed)."""
     direction: Literal["both", "backward"] = "both"
+    flag: str | None = None
+    """Only builds of which the probe reported this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +124,8 @@ class Capability:
     """GPU generations with a backward; None: as forward; (): none."""
     lse_grad: Literal["native", "augmented"] = "augmented"
     """Whether backward takes the gradient of lse, or the core adds it through one more column of v."""
+    lse_grad_since: str | None = None
+    """First version whose backward takes it; the core adds it for older ones."""
     native_sink: tuple[str, ...] = ()
     """Sink dtypes that the kernel takes itself; the core applies all others from (out, lse)."""
     native_sink_since: str | None = None
@@ -116,6 +135,10 @@ class Capability:
     """By dtype: the relative error of a product, where the kernel's arithmetic is coarser than the dtype."""
     writes_gaps: bool = False
     """Gaps go in as sequences of their own, and come out zero as far as max_seqlen reaches."""
+    ignores_gaps: bool = False
+    """Nothing in a gap, NaN included, can reach a row of a sequence: the core need not clean what goes in."""
+    rank: int = 0
+    """Where any backend may run, kernels of a higher rank come after all of a lower one: for last resorts."""
     reads_torch_flag: bool = False
     """Deterministic only while torch.use_deterministic_algorithms is on."""
     rows: tuple[Row, ...] = field(default=())
@@ -124,6 +147,17 @@ class Capability:
         """Whether the kernel itself applies the problem's sink."""
         fits = self.native_sink_when is None or self.native_sink_when(problem)
         return problem.sink in self.native_sink and fits and _at_least(version, self.native_sink_since)
+
+    def takes_lse_grad(self, version: str | None) -> bool:
+        """Whether the kernel's backward takes the gradient of lse."""
+        return self.lse_grad == "native" and _at_least(version, self.lse_grad_since)
+
+    def as_run(self, problem: Problem) -> Problem:
+        """The problem with the head dims that the kernel is run with."""
+        dims = self.head_dims.used(problem.head_dim, problem.head_dim_v)
+        if dims == (problem.head_dim, problem.head_dim_v):
+            return problem
+        return replace(problem, head_dim=dims[0], head_dim_v=dims[1])
 
 
 FAMILY_NAMES = {0: "CPU", 7: "sm7x", 8: "sm8x", 9: "sm90", 10: "sm10x", 11: "sm11x", 12: "sm12x"}
@@ -201,7 +235,7 @@ def _feature_reason(
     return None
 
 
-def _static_reasons(capability: Capability, problem: Problem) -> list[Reason]:
+def _static_reasons(capability: Capability, problem: Problem, version: str | None) -> list[Reason]:
     """Reasons from device, dtype and head dims, alike in both directions."""
     found = []
     if problem.arch // 10 not in capability.families:
@@ -214,8 +248,8 @@ def _static_reasons(capability: Capability, problem: Problem) -> list[Reason]:
     dims = capability.head_dims
     for name, dim in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
         grown = dim
-        if problem.lse_grad and capability.lse_grad == "augmented":
-            grown = dim + dims.multiple_of
+        if problem.lse_grad and not capability.takes_lse_grad(version):
+            grown = dim + max(8, dims.multiple_of)
         if dim % dims.multiple_of:
             padded = -(-dim // dims.multiple_of) * dims.multiple_of
             found.append(
@@ -224,7 +258,7 @@ def _static_reasons(capability: Capability, problem: Problem) -> list[Reason]:
         if dim > dims.maximum:
             found.append(Reason(name, f"at most {dims.maximum}", str(dim), "choose another backend"))
         elif grown > dims.maximum:
-            needs = f"at most {dims.maximum - dims.multiple_of} for the gradient of lse"
+            needs = f"at most {dims.maximum - max(8, dims.multiple_of)} for the gradient of lse"
             found.append(Reason(name, needs, str(dim), "detach lse, or choose another backend"))
     return found
 
@@ -265,27 +299,32 @@ def _backward_reasons(capability: Capability, problem: Problem, version: str | N
     return found
 
 
-def _row_applies(row: Row, problem: Problem, version: str | None, way: Direction) -> bool:
+def _row_applies(row: Row, problem: Problem, version: str | None, flags: frozenset[str], way: Direction) -> bool:
     if row.direction == "backward" and way == "forward":
+        return False
+    if row.flag is not None and row.flag not in flags:
         return False
     affected = _at_least(version, row.since) and not (row.fixed is not None and _at_least(version, row.fixed))
     return affected and row.when(problem)
 
 
-def evaluate(capability: Capability, problem: Problem, version: str | None) -> tuple[list[Reason], list[Reason]]:
+def evaluate(
+    capability: Capability, problem: Problem, version: str | None, flags: frozenset[str] = frozenset()
+) -> tuple[list[Reason], list[Reason]]:
     """All reasons against a kernel: those against its forward, and those against its backward only.
 
     Sinks and the gradient of lse are the core's to add, so they are asked of no kernel here beyond a larger head dim.
     """
+    problem = capability.as_run(problem)
     asked = [name for name in problem.features() if name not in ("sink", "lse_grad")]
-    forward = _static_reasons(capability, problem)
+    forward = _static_reasons(capability, problem, version)
     forward += [
         r
         for n in asked
         if n not in ("bias_grad", "deterministic")
         if (r := _feature_reason(capability, n, problem, version, "forward"))
     ]
-    forward += [row.reason for row in capability.rows if _row_applies(row, problem, version, "forward")]
+    forward += [row.reason for row in capability.rows if _row_applies(row, problem, version, flags, "forward")]
     backward: list[Reason] = []
     if problem.needs_backward:
         told = {r.what for r in forward}
@@ -299,7 +338,7 @@ def evaluate(capability: Capability, problem: Problem, version: str | None) -> t
         backward += [
             row.reason
             for row in capability.rows
-            if row.direction == "backward" and _row_applies(row, problem, version, "backward")
+            if row.direction == "backward" and _row_applies(row, problem, version, flags, "backward")
         ]
     if capability.kernel:
         forward = [replace(r, kernel=capability.kernel) for r in forward]

@@ -15,7 +15,7 @@ from torch import Tensor
 from anyattn import _select
 from anyattn._call import Backend, Call, Gradients, Result, Rows, Saved, Spec
 from anyattn._environment import arch_of
-from anyattn._errors import NoBackend
+from anyattn._errors import NoBackend, Refused
 from anyattn._packing import valid_rows
 from anyattn._padding import Fill, fill_gaps, pad_dims, zero_padding
 from anyattn._problem import Problem, length_class
@@ -37,6 +37,8 @@ class Layout:
     batch: int
     seq_q: int
     seq_k: int
+    head_dim: int
+    head_dim_v: int
     is_identity: bool
     """The caller's layout is the kernel's."""
 
@@ -93,6 +95,8 @@ class Prepared:
     fill_lse: bool
     """Somebody may look at lse in rows outside every sequence."""
     sanitize: bool
+    dims: tuple[int, int] | None
+    """(head_dim, head_dim_v) that the kernel is run with, where they are padded to that."""
     needs_backward: bool
     return_lse: bool
     core_sink: bool
@@ -228,7 +232,7 @@ def prepare(request: Request) -> Prepared:
     problem = describe_problem(request, sizes, arch_of(request.q.device))
     preference = _preference(request)
     explanation = _select.choose(problem, preference, _select.world())
-    while explanation.forward is not None and not _select.load(explanation.forward.backend):
+    while explanation.forward is not None and not _select.ready(explanation.forward.backend):
         explanation = _select.choose(problem, preference, _select.world())
     kernel = explanation.forward
     if kernel is None:
@@ -259,23 +263,26 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         need_lse=problem.needs_backward or problem.return_lse or core_sink,
         equal_lengths=problem.relation == "equal",
         sees_key=_sees_key(problem),
+        needs_backward=problem.needs_backward,
     )
     dims = (sizes.batch, sizes.seq_q, sizes.seq_k, sizes.num_heads, problem.seqlen_q, problem.seqlen_k)
     device = request.q.device
     gaps_q = packed and _has_gaps(request.packing or (), sizes, sizes.seq_q)
     gaps_k = packed and _has_gaps(keys or (), sizes, sizes.seq_k)
-    sanitize = packed and bool((request.packing or (False,))[5] or (keys or (False,))[5])
+    sanitize = packed and bool((request.packing or (False,))[5] or (keys or (False,))[5]) and not kernel.ignores_gaps
     layout = Layout(
         sizes.layout,
         packed and sizes.layout != "thd",
         sizes.batch,
         sizes.seq_q,
         sizes.seq_k,
+        sizes.head_dim,
+        sizes.head_dim_v,
         sizes.layout == "thd" or (sizes.layout == "bshd" and not packed),
     )
     around = (
         problem.needs_backward, problem.return_lse, problem.sink is not None, gaps_q, gaps_k, sanitize, 0 in dims,
-        request.autocast is not None, not layout.is_identity,
+        request.autocast is not None, not layout.is_identity, kernel.dims is not None,
     )  # fmt: skip
     return Prepared(
         explanation=explanation,
@@ -290,6 +297,7 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         fill_k=gaps_k and not (kernel.writes_gaps and _written(keys or (), sizes, sizes.seq_k)),
         fill_lse=gaps_q and (problem.return_lse or problem.sink is not None),
         sanitize=sanitize,
+        dims=kernel.dims,
         needs_backward=problem.needs_backward,
         return_lse=problem.return_lse,
         core_sink=core_sink,
@@ -301,18 +309,25 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
     )
 
 
+def refuse(p: Prepared, refused: Refused) -> None:
+    """Remember that the chosen kernel's own check refuses this kind of call: the next choice is another one."""
+    _select.refuse(p.kernel, p.explanation.problem, str(refused))
+
+
 # --- forward ---
 
 
 def make_call(
     p: Prepared, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor | None, x: Inputs
 ) -> Call:
-    """What the kernel gets: tensors in its layouts, sanitized if asked."""
+    """What the kernel gets: tensors in its layouts and head dims, sanitized if asked."""
     if p.sanitize and x.rows_q is not None and x.rows_k is not None:
         valid_k = valid_rows(x.rows_k, k.shape[0])
         shared = x.rows_q is x.rows_k and q.shape[0] == k.shape[0]
         q = zero_padding(q, valid_k if shared else valid_rows(x.rows_q, q.shape[0]))
         k, v = zero_padding(k, valid_k), zero_padding(v, valid_k)
+    if p.dims is not None:
+        q, k, v = pad_dims(q, p.dims[0]), pad_dims(k, p.dims[0]), pad_dims(v, p.dims[1])
     return Call(
         q, k, v, p.spec, p.kernel.name, x.rows_q, x.rows_k,
         None if p.core_sink else sink, x.alibi, bias, x.mask, x.block_mask, x.seed,
@@ -322,22 +337,29 @@ def make_call(
 def forward(p: Prepared, call: Call, sink: Tensor | None) -> Result:
     """Run the kernel; apply the sink; make padding exact."""
     if p.empty:
-        out, lse, rng = _empty_result(p, call)
+        out, lse, rng, held = _empty_result(p, call)
     elif on_current_device(p):
-        out, lse, rng = p.backend.forward(call)
+        out, lse, rng, held = p.backend.forward(call)
     else:
         with torch.cuda.device(p.device):
-            out, lse, rng = p.backend.forward(call)
+            out, lse, rng, held = p.backend.forward(call)
     if sink is not None and (p.core_sink or p.empty):
         assert lse is not None
-        out, lse = apply_sink(out, lse, sink)
+        out, lse = apply_sink(out, lse, sink, in_place=held is None)
+    if p.dims is not None:
+        out = _cut(out, p.layout.head_dim_v)
     if p.fill_q or p.fill_lse:
         assert call.rows_q is not None
         fills: list[Fill] = [(out, 0, 0.0)] if p.fill_q else []
         if p.fill_lse and lse is not None:
             fills.append((lse, 1, NEG_INF))
         fill_gaps(call.rows_q, *fills)
-    return Result(out, lse, rng)
+    return Result(out, lse, rng, held)
+
+
+def _cut(x: Tensor, dim: int) -> Tensor:
+    """The first columns of x."""
+    return x if x.shape[-1] == dim else x[..., :dim].contiguous()
 
 
 def _empty_result(p: Prepared, call: Call) -> Result:
@@ -352,12 +374,13 @@ def _per_row(x: Tensor) -> Tensor:
     return x.transpose(-1, -2).unsqueeze(-1)
 
 
-def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+def apply_sink(out: Tensor, lse: Tensor, sink: Tensor, *, in_place: bool = True) -> tuple[Tensor, Tensor]:
     """Let one more logit without a value join a softmax. A row that sees no key gets the sink's lse."""
     logit = sink.detach().to(lse.dtype)[:, None]
     total = torch.logaddexp(lse, logit)
     share = torch.exp(lse - total).nan_to_num_(0.0)  # -inf - -inf: nothing seen and a sink of -inf
-    return out.mul_(_per_row(share)), total  # computed in share's precision, rounded once
+    factor = _per_row(share)  # the product is computed in its precision, and rounded once
+    return out.mul_(factor) if in_place else (out * factor).to(out.dtype), total
 
 
 # --- backward ---
@@ -367,16 +390,20 @@ def backward(p: Prepared, call: Call, saved: Saved, dout: Tensor, dlse: Tensor |
     """Run the kernel's backward; make padding exact. out and lse are the final ones, so sinks need nothing more."""
     if p.empty:
         zeros = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k, call.v)]
-        return Gradients(zeros[0], zeros[1], zeros[2], None if call.bias is None else torch.zeros_like(call.bias))
+        none = Gradients(zeros[0], zeros[1], zeros[2], None if call.bias is None else torch.zeros_like(call.bias))
+        return _cut_gradients(p, none)
     if p.sanitize and call.rows_q is not None:
         dout = zero_padding(dout, valid_rows(call.rows_q, dout.shape[0]))
     if 0 in dout.stride():  # expanded, as by sum(): not every kernel takes that
         dout = dout.contiguous()
+    if p.dims is not None:
+        saved, dout = saved._replace(out=pad_dims(saved.out, p.dims[1])), pad_dims(dout, p.dims[1])
     if on_current_device(p):
         gradients = _kernel_backward(p, call, saved, dout, dlse)
     else:
         with torch.cuda.device(p.device):
             gradients = _kernel_backward(p, call, saved, dout, dlse)
+    gradients = _cut_gradients(p, gradients)
     if p.fill_q:
         assert call.rows_q is not None
         fill_gaps(call.rows_q, (gradients.dq, 0, 0.0))
@@ -384,6 +411,14 @@ def backward(p: Prepared, call: Call, saved: Saved, dout: Tensor, dlse: Tensor |
         assert call.rows_k is not None
         fill_gaps(call.rows_k, (gradients.dk, 0, 0.0), (gradients.dv, 0, 0.0))
     return gradients
+
+
+def _cut_gradients(p: Prepared, g: Gradients) -> Gradients:
+    """Without the columns that were added to q, k and v."""
+    if p.dims is None:
+        return g
+    head_dim, head_dim_v = p.layout.head_dim, p.layout.head_dim_v
+    return Gradients(_cut(g.dq, head_dim), _cut(g.dk, head_dim), _cut(g.dv, head_dim_v), g.dbias)
 
 
 def _kernel_backward(p: Prepared, call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:
@@ -407,7 +442,7 @@ def _augmented_backward(backend: Backend, call: Call, saved: Saved, dout: Tensor
     out[..., head_dim_v] = 1.0
     wider = Call(
         pad_dims(call.q, head_dim + 8), pad_dims(call.k, head_dim + 8), pad_dims(call.v, head_dim_v + 8), call.spec,
-        call.kernel, call.rows_q, call.rows_k, None, call.alibi, call.bias, call.mask, call.block_mask,
+        call.kernel, call.rows_q, call.rows_k, None, call.alibi, call.bias, call.mask, call.block_mask, call.seed,
     )  # fmt: skip
     got = backend.backward(wider, Saved(out, saved.lse, saved.rng), grown, None)
     cut = [x[..., :dim].contiguous() for x, dim in zip(got[:3], (head_dim, head_dim, head_dim_v), strict=True)]

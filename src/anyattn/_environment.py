@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,13 +24,30 @@ TARGETS: dict[str, int] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """A kind of call that a kernel's own check has refused."""
+
+    kernel: str
+    problem: Hashable
+    """The ``Problem``."""
+    text: str
+    """What it said, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
-    """What is known of one backend's package without importing it."""
+    """What is known of one backend's package without importing it, and what was learned since."""
 
     version: str | None
     """The installed version, or None."""
     problem: str = ""
     """Why it cannot be used although a version is there, or what to install; empty when all is well."""
+    flags: frozenset[str] = frozenset()
+    """What this very build lacks or does otherwise than its version says, by names that the backend's rows use."""
+    note: str = ""
+    """What a user should know of this installation; ``explain`` shows it."""
+    refusals: tuple[Refusal, ...] = ()
+    """Kinds of call that a kernel's own check has refused in this process."""
 
 
 def arch_name(arch: int) -> str:

@@ -71,6 +71,13 @@ class Unsupported(AnyattnError, NotImplementedError):
     """A way of calling that anyattn refuses rather than answer wrongly."""
 
 
+class Refused(AnyattnError, RuntimeError):
+    """A kernel's own check refuses a call that its declaration allows: raised by a backend before anything runs.
+
+    The core takes it as a reason against that kernel, and chooses again: users meet it as a :class:`NoBackend` only.
+    """
+
+
 class MissingExtra(AnyattnError, ImportError):
     """A feature needs an optional dependency that is not installed."""
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from anyattn._call import Rows
+from anyattn._derived import derived as derived
 from anyattn._errors import DtypeError, PackingError, ShapeError
 from anyattn._problem import Relation
 
@@ -91,6 +92,7 @@ def rows_of_table(table: Tensor, n: int, max_seqlen: int, gaps: bool, host: Host
     """The views of a table that a kernel call takes."""
     lengths_at, queries_at, keys_at, _ = _sections(n)
     return Rows(
+        table=table,
         starts=table[: n + 1],
         lengths=table[lengths_at : lengths_at + n],
         as_queries=table[queries_at : queries_at + 3 * n + 3],

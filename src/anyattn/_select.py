@@ -20,7 +20,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from anyattn._capability import Capability, Reason, evaluate
-from anyattn._environment import Probe, one_line
+from anyattn._environment import Probe, Refusal, one_line
 from anyattn._errors import InvalidArgument, UnknownBackend
 from anyattn._log import logger
 from anyattn._problem import Problem
@@ -44,6 +44,11 @@ class Kernel:
     native_sink: bool = False
     native_lse_grad: bool = False
     writes_gaps: bool = False
+    ignores_gaps: bool = False
+    dims: tuple[int, int] | None = None
+    """(head_dim, head_dim_v) that it is run with, where the core pads them to that."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of a call that it runs."""
 
     def __str__(self) -> str:
         return f"{self.backend}:{self.name}" if self.name else self.backend
@@ -89,7 +94,8 @@ class Explanation:
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = []
         for kernel in self.candidates:
-            rows.append((str(kernel), "chosen" if kernel == self.forward else "able", kernel.version))
+            state = "chosen" if kernel == self.forward else "able"
+            rows.append((str(kernel), state, "; ".join((kernel.version, *kernel.notes))))
         for name, reasons in (*self.passed_over.items(), *self.rejected.items()):
             for r in reasons:
                 rows.append((f"{name}:{r.kernel}" if r.kernel else name, "rejected", str(replace(r, kernel=""))))
@@ -200,6 +206,8 @@ def _using(parsed: Preference) -> Iterator[None]:
 # --- what is installed ---
 
 _broken: dict[str, str] = {}
+_learned: dict[str, frozenset[str]] = {}
+_refusals: dict[str, tuple[Refusal, ...]] = {}
 
 #: What depends on the world besides ``choose``, which takes it as an argument: emptied when the world is forgotten.
 caches: list[dict[Any, Any]] = []
@@ -215,10 +223,15 @@ def world() -> World:
 
 
 def _probe(name: str) -> Probe:
-    probe = get_backend(name).probe()
+    return amended(name, get_backend(name).probe())
+
+
+def amended(name: str, probe: Probe) -> Probe:
+    """A probe with what was learned in this process: by importing the kernel, and from its own checks."""
     if name in _broken:
-        return Probe(probe.version, _broken[name])
-    return probe
+        return replace(probe, problem=_broken[name])
+    flags, refusals = _learned.get(name, frozenset()), _refusals.get(name, ())
+    return replace(probe, flags=probe.flags | flags, refusals=refusals) if flags or refusals else probe
 
 
 def assumed_world(assume: Mapping[str, str | None] | None, *, newest: bool) -> World:
@@ -248,7 +261,8 @@ def forget_world() -> None:
     """Probe again at the next call: for tests, and after installing something into a live process."""
     global _world
     _world = None
-    _broken.clear()
+    for found in (_broken, _learned, _refusals):
+        found.clear()
     for cache in caches:
         cache.clear()
     load.cache_clear()
@@ -258,15 +272,33 @@ def forget_world() -> None:
 @lru_cache
 def load(name: str) -> bool:
     """Import a backend's kernels. False, and a reason from then on, if that fails in any way."""
+    global _world
     try:
-        get_backend(name).load()
+        flags = get_backend(name).load()
     except (Exception, SystemExit) as error:  # kernel packages fail with AttributeError, TypeError and OSError too
-        global _world
         _broken[name] = one_line(error)
         _world = None
         logger.warning("%s is installed but does not load, so it is left out: %s", name, _broken[name])
         return False
+    if flags:
+        _learned[name], _world = flags, None
     return True
+
+
+def ready(name: str) -> bool:
+    """Import a backend's kernels, and say whether a choice made before still stands."""
+    before = world()
+    return load(name) and world() == before
+
+
+def refuse(kernel: Kernel, problem: Problem, text: str) -> None:
+    """Hold a kernel's own refusal of a kind of call against it from now on."""
+    global _world
+    logger.info("%s refuses %s: %s", kernel, problem, text)
+    _refusals[kernel.backend] = (*_refusals.get(kernel.backend, ()), Refusal(kernel.name, problem, text))
+    _world = None
+    for cache in caches:
+        cache.clear()
 
 
 # --- the choice ---
@@ -282,18 +314,43 @@ def _judge(name: str, kernels: set[str] | None, problem: Problem, probe: Probe) 
     for capability in backend.CAPABILITIES:
         if kernels is not None and capability.kernel not in kernels:
             continue
-        forward, backward = evaluate(capability, problem, probe.version)
+        forward, backward = evaluate(capability, problem, probe.version, probe.flags)
+        forward += _refused(capability, problem, probe)
         if forward or backward:
             reasons += [*forward, *backward]
         else:
-            able.append(_kernel(name, capability, problem, probe.version))
+            able.append(_kernel(name, capability, problem, probe))
     return able, reasons
 
 
-def _kernel(name: str, capability: Capability, problem: Problem, version: str) -> Kernel:
-    sink = problem.sink is not None and capability.takes_sink(problem, version)
-    native = capability.lse_grad == "native"
-    return Kernel(name, capability.kernel, version, sink, native, capability.writes_gaps)
+def _refused(capability: Capability, problem: Problem, probe: Probe) -> list[Reason]:
+    return [
+        Reason("the kernel's own check", "a call that it accepts", r.text, "choose another backend", capability.kernel)
+        for r in probe.refusals
+        if r.kernel == capability.kernel and r.problem == problem
+    ]
+
+
+def _kernel(name: str, capability: Capability, problem: Problem, probe: Probe) -> Kernel:
+    run, version = capability.as_run(problem), probe.version
+    assert version is not None
+    notes = [probe.note] if probe.note else []
+    dims = None
+    if run is not problem:
+        dims = (run.head_dim, run.head_dim_v)
+        given, used = (f"{d}/{v}" if d != v else str(d) for d, v in ((problem.head_dim, problem.head_dim_v), dims))
+        notes.append(f"head_dim {given} is padded with zeros to {used}")
+    return Kernel(
+        name,
+        capability.kernel,
+        version,
+        native_sink=problem.sink is not None and capability.takes_sink(run, version),
+        native_lse_grad=capability.takes_lse_grad(version),
+        writes_gaps=capability.writes_gaps,
+        ignores_gaps=capability.ignores_gaps,
+        dims=dims,
+        notes=tuple(notes),
+    )
 
 
 def _expand(preference: Preference) -> list[tuple[str, set[str] | None]]:
@@ -329,12 +386,11 @@ def choose(problem: Problem, preference: Preference, installed: World) -> Explan
         elif reasons:
             passed_over[name] = tuple(reasons)
     named = dict(allowed)
+    candidates.sort(key=lambda k: _rank(preference, k))
     for name in ORDER:
         if name not in named:
             asked = " or ".join(preference)
             rejected[name] = (Reason("backend", f"backend={name!r} or 'auto'", asked, "name it, or leave backend out"),)
-    if any(":" in wanted for wanted in preference):
-        candidates.sort(key=lambda k: _rank(preference, k))
     explanation = Explanation(
         problem,
         tuple(candidates),
@@ -346,12 +402,15 @@ def choose(problem: Problem, preference: Preference, installed: World) -> Explan
     return explanation
 
 
-def _rank(preference: Preference, kernel: Kernel) -> int:
-    """The place of a kernel in a preference that names kernels."""
+def _rank(preference: Preference, kernel: Kernel) -> tuple[int, int]:
+    """The place of a kernel in a preference; where any may run, its rank as well."""
     for place, wanted in enumerate(preference):
-        if wanted in (str(kernel), kernel.backend, "auto"):
-            return place
-    return len(preference)
+        if wanted == "auto":
+            ranks = (c.rank for c in get_backend(kernel.backend).CAPABILITIES if c.kernel == kernel.name)
+            return place, next(ranks)
+        if wanted in (str(kernel), kernel.backend):
+            return place, 0
+    return len(preference), 0
 
 
 def deterministic_default() -> bool:

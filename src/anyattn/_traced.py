@@ -17,7 +17,7 @@ from torch import Tensor
 from anyattn import _core, _select
 from anyattn._call import Rows, Saved
 from anyattn._core import Inputs, Prepared
-from anyattn._errors import PackingError, Unsupported
+from anyattn._errors import PackingError, Refused, Unsupported
 from anyattn._packing import Packing, build_table, host_of_table, rows_of_table
 from anyattn._request import Meta, Request, Tensors, is_block_mask
 
@@ -63,8 +63,9 @@ def attention(
     # What may vary from call to call is an argument, so that it can become symbolic.
     sides, factors = [_side(left), _side(right)], [scale or 0.0, softcap or 0.0, dropout]
     given = scale is not None, softcap is not None
-    # Drawn here, where activation checkpointing keeps it the same in the recomputation.
-    seed = torch.randint(-(1 << 62), 1 << 62, (2,), dtype=torch.int64, device=q.device) if dropout else None
+    # Drawn here, where activation checkpointing keeps it the same in the recomputation; on the host, for kernels whose
+    # generator only the host can set.
+    seed = torch.randint(-(1 << 62), 1 << 62, (2,), dtype=torch.int64) if dropout else None
     static = repr((
         causal, "bshd" if swap is not None else layout, given,
         backend if isinstance(backend, str) else tuple(backend), preference, deterministic,
@@ -238,13 +239,18 @@ def _forward_op(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static)
-    p = _prepare(request)
     x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k, seed)
-    enter, layout = p.layout.enter, p.layout
-    call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
-    out, lse, rng = _core.forward(p, call, sink)
+    while True:
+        p = _prepare(request)
+        enter, layout = p.layout.enter, p.layout
+        call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
+        try:
+            out, lse, rng, _ = _core.forward(p, call, sink)
+            break
+        except Refused as refused:
+            _core.refuse(p, refused)
     lse = out.new_empty(_lse_shape(q), dtype=p.lse_dtype) if lse is None else layout.leave_lse(lse).contiguous()
-    rng = out.new_empty(2, dtype=torch.int64) if rng is None else rng.clone()
+    rng = out.new_empty(2, dtype=torch.int64) if rng is None else rng.to(out.device, non_blocking=True, copy=True)
     return layout.leave(out).contiguous(), lse, rng
 
 
@@ -296,10 +302,11 @@ def _backward_op(
     out: Tensor,
     lse: Tensor,
     rng: Tensor,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static)
     p = _prepare(request)
-    x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k, None)
+    x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k, seed)
     enter, layout = p.layout.enter, p.layout
     call = _core.make_call(p, enter(q), enter(k), enter(v), None, _four_dims(bias), x)
     saved = Saved(enter(out), p.layout.enter_lse(lse), rng)
@@ -337,6 +344,7 @@ def _backward_fake(
     out: Tensor,
     lse: Tensor,
     rng: Tensor,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *_, sink_grad, bias_grad = _parse(static)
     dsink = sink.new_empty(sink.shape) if sink is not None and sink_grad else q.new_empty(0)
@@ -345,13 +353,13 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static, _ = inputs
-    ctx.save_for_backward(q, k, v, sink, alibi, bias, mask, table_q, table_k, *output)
+    q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static, seed = inputs
+    ctx.save_for_backward(q, k, v, sink, alibi, bias, mask, table_q, table_k, *output, seed)
     ctx.sizes_q, ctx.sizes_k, ctx.sides, ctx.factors, ctx.static = sizes_q, sizes_k, sides, factors, static
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, drng: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, sink, alibi, bias, mask, table_q, table_k, out, lse, rng = ctx.saved_tensors
+    q, k, v, sink, alibi, bias, mask, table_q, table_k, out, lse, rng, seed = ctx.saved_tensors
     static = _parse(ctx.static)
     return_lse, *_, sink_grad, bias_grad = static[7:]
     dlse = dlse if return_lse else None
@@ -375,6 +383,7 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, drng: Tensor | None) 
         out,
         lse,
         rng,
+        seed,
     )
     return dq, dk, dv, dsink if sink_grad else None, None, dbias if bias_grad else None, *(None,) * 9
 
