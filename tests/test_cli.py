@@ -457,7 +457,7 @@ variable           value       what it says
 ANYATTN_BACKEND    alpha,nope  which backends backend="auto" may be: names with commas; WRONG: unknown backend 'nope';
                                allowed: auto, alpha, beta, gamma
 ANYATTN_LOG        not set     what is logged to standard error: debug, info, warning or error
-ANYATTN_CACHE_DIR  /somewhere  where measurements of this machine will be kept; none yet
+ANYATTN_CACHE_DIR  /somewhere  where compiled kernels are kept; without it, where their packages do
 
 Next steps
 pip install alpha-kernels    alpha: the alpha kernels

@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 PUBLIC = {
     "AnyattnError", "BackendStatus", "DeviceError", "DtypeError", "Explanation", "InvalidArgument", "MissingExtra",
     "NoBackend", "Packing", "PackingError", "Reason", "ShapeError", "UnknownBackend", "Unsupported", "attention",
-    "backends", "explain", "integrations", "use",
+    "backends", "explain", "integrations", "use", "warm_up",
 }  # fmt: skip
 
 #: The environment variables of anyattn, and those of others that it honours or sets: file -> names.
@@ -26,6 +26,7 @@ ENVIRONMENT = {"ANYATTN_BACKEND", "ANYATTN_LOG", "ANYATTN_CACHE_DIR"}
 OTHERS_ENVIRONMENT = {
     "backends/fa4.py": {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"},  # the package's own cache of compiled kernels
     "cli/_render.py": {"COLUMNS"},  # a terminal's width
+    "_warm_up.py": {"LOCAL_RANK"},  # torchrun's
 }
 
 

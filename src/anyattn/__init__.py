@@ -20,6 +20,7 @@ from anyattn._errors import (
 )
 from anyattn._packing import Packing
 from anyattn._select import Explanation, use
+from anyattn._warm_up import warm_up
 
 __all__ = [
     "AnyattnError",
@@ -41,6 +42,7 @@ __all__ = [
     "explain",
     "integrations",
     "use",
+    "warm_up",
 ]
 __version__ = "0.1.0"
 

@@ -308,6 +308,11 @@ def _row_applies(row: Row, problem: Problem, version: str | None, flags: frozens
     return affected and row.when(problem)
 
 
+def _with_lse_column(problem: Problem) -> Problem:
+    """The problem whose backward is run where the core adds the gradient of lse: head dims grow by 8."""
+    return replace(problem, head_dim=problem.head_dim + 8, head_dim_v=problem.head_dim_v + 8)
+
+
 def evaluate(
     capability: Capability, problem: Problem, version: str | None, flags: frozenset[str] = frozenset()
 ) -> tuple[list[Reason], list[Reason]]:
@@ -335,10 +340,12 @@ def evaluate(
             if FEATURE_NAMES[n] not in told
             if (r := _feature_reason(capability, n, problem, version, "backward"))
         ]
+        run = _with_lse_column(problem) if problem.lse_grad and not capability.takes_lse_grad(version) else problem
         backward += [
             row.reason
             for row in capability.rows
-            if row.direction == "backward" and _row_applies(row, problem, version, flags, "backward")
+            if _row_applies(row, run, version, flags, "backward")
+            and not _row_applies(row, problem, version, flags, "forward")
         ]
     if capability.kernel:
         forward = [replace(r, kernel=capability.kernel) for r in forward]

@@ -130,7 +130,7 @@ def kernel_facts() -> list[KernelFacts]:
 def _head_dims(dims: HeadDims) -> str:
     words = "any" if dims.maximum >= _ANY_DIM else f"to {dims.maximum}"
     if dims.multiple_of > 1:
-        words += f", multiples of {dims.multiple_of}"
+        words += f", {'padded to ' if dims.pads else ''}multiples of {dims.multiple_of}"
     if dims.maximum_backward is not None and dims.maximum_backward < dims.maximum:
         words += f"; backward to {dims.maximum_backward}"
     return words

@@ -11,10 +11,12 @@ there already.
 
 from __future__ import annotations
 
+import getpass
 import importlib
 import inspect
 import os
 import sys
+import tempfile
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ NEWEST = "4.0.0b36"
 _ISSUES = "https://github.com/Dao-AILab/flash-attention"
 #: nvidia-cutlass-dsl releases with which backward does not return.
 _HANGING_DSL = ("4.6.0", "4.6.1")
+_CACHE_SWITCH = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+_CACHE_FOLDER = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
 
 
 # --- which problems a rule speaks of -------------------------------------------------------------------------------
@@ -40,6 +44,17 @@ _HANGING_DSL = ("4.6.0", "4.6.1")
 
 def _any(p: Problem) -> bool:
     return True
+
+
+def _not_as_first(p: Problem) -> bool:
+    """Other head dims than those of the first sm90 kernels, forward."""
+    return _hopper(p) and (p.head_dim != p.head_dim_v or p.head_dim > 128)
+
+
+def _backward_not_as_first(p: Problem) -> bool:
+    """What the first sm90 backward did not take: packed batches, windows, determinism, most head dims."""
+    taken = p.head_dim in (64, 128) and p.form == "dense" and not (p.left or p.right or p.deterministic)
+    return _hopper(p) and not taken
 
 
 def _hopper(p: Problem) -> bool:
@@ -97,10 +112,17 @@ def _since(what: str, version: str, link: str = "") -> Reason:
     return Reason(what, f"flash-attn-4 >= {version}", "an older version", _upgrade(version), link=link)
 
 
-#: What the raw functions refuse, and what they get wrong, by version: read in every wheel from b5 to b36, and in the
+#: What the raw functions refuse, and what they get wrong, by version: read in every wheel from b3 to b36, and in the
 #: issues linked. What is refused there by an assert or fails to compile is a rule as much as what is silently wrong.
 _ROWS = (
-    Row(_any, _since("version", "4.0.0b5"), fixed="4.0.0b5"),
+    Row(_any, _since("version", "4.0.0b3"), fixed="4.0.0b3"),
+    Row(_not_as_first, _since("head_dim above 128, or another head_dim_v, on sm90", "4.0.0b5"), fixed="4.0.0b5"),
+    Row(
+        _backward_not_as_first,
+        _since("backward of packed batches, windows, and other head dims than 64 and 128, on sm90", "4.0.0b5"),
+        fixed="4.0.0b5", direction="backward",
+    ),
+    Row(lambda p: p.lse_grad, _since("the gradient of lse", "4.0.0b5"), fixed="4.0.0b5", direction="backward"),
     # --- head dims
     Row(
         _blackwell_dims_unknown,
@@ -218,7 +240,7 @@ CAPABILITIES = (
     Capability(
         families=(9, 10, 11, 12),
         dtypes=("float16", "bfloat16"),
-        head_dims=HeadDims(maximum=256, multiple_of=8),
+        head_dims=HeadDims(maximum=256, multiple_of=8, pads=True),
         features={
             "dense": ALWAYS,
             "packed": ALWAYS,
@@ -268,12 +290,12 @@ def load() -> None:
     """Import the kernels' entry points, and leave sys.path as it was.
 
     One of the package's dependencies puts a folder on sys.path that holds a top-level ``utils``, which would shadow the
-    caller's. Compiled kernels are kept on disk, as ``FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1`` asks of the package:
-    the variable is set here unless the process has a value for it. Where, is ``FLASH_ATTENTION_CUTE_DSL_CACHE_DIR``'s
-    to say.
+    caller's. Compiled kernels are kept on disk (``kernel_cache``), which the package itself does only when asked.
     """
     global _raw_forward, _raw_backward, _aligns_itself
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault(_CACHE_SWITCH, "1" if _is_ours(kernel_cache()) else "0")
+    if kernel_cache() and "ANYATTN_CACHE_DIR" in os.environ:
+        os.environ.setdefault(_CACHE_FOLDER, os.path.join(os.environ["ANYATTN_CACHE_DIR"], NAME))
     path = list(sys.path)
     try:
         module: Any = importlib.import_module("flash_attn.cute.interface")
@@ -281,6 +303,36 @@ def load() -> None:
         sys.path[:] = path
     _raw_forward, _raw_backward = module._flash_attn_fwd, module._flash_attn_bwd
     _aligns_itself = "align_bytes" in inspect.signature(module.maybe_contiguous).parameters  # b26 and later
+
+
+def _is_ours(folder: str | None) -> bool:
+    """Whether nobody else can have put kernels there: the package loads what it finds."""
+    while folder and folder != tempfile.gettempdir():
+        if os.path.exists(folder):
+            return os.stat(folder).st_uid == os.getuid()
+        folder = os.path.dirname(folder) if folder != os.path.dirname(folder) else None
+    return True
+
+
+def _kept_by_the_package() -> bool:
+    """False where the package was imported by someone else, with its switch off, before ``load`` could turn it on."""
+    module = sys.modules.get("flash_attn.cute.cache_utils")
+    return bool(getattr(module, "CUTE_DSL_CACHE_ENABLED", True))
+
+
+def kernel_cache() -> str | None:
+    """The folder in which compiled kernels are kept, or None: ``FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=0`` says no.
+
+    It is ``FLASH_ATTENTION_CUTE_DSL_CACHE_DIR``, else ``fa4`` in ``ANYATTN_CACHE_DIR``, else the package's own choice,
+    a folder per user among the temporary files.
+    """
+    if os.environ.get(_CACHE_SWITCH, "1") != "1" or not _kept_by_the_package():
+        return None
+    if _CACHE_FOLDER in os.environ:
+        return os.environ[_CACHE_FOLDER]
+    if "ANYATTN_CACHE_DIR" in os.environ:
+        return os.path.join(os.environ["ANYATTN_CACHE_DIR"], NAME)
+    return os.path.join(tempfile.gettempdir(), getpass.getuser(), "flash_attention_cute_dsl_cache")
 
 
 def forward(call: Call) -> Result:
@@ -322,20 +374,20 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
         window_size_left=spec.left,
         window_size_right=None if causal else spec.right,
         deterministic=spec.deterministic,
-        dlse=dlse,
+        **(_NOTHING if dlse is None else {"dlse": dlse}),
         **_lengths(call),
     )
     return Gradients(dq, dk, dv)
 
 
-_DENSE: dict[str, Any] = {}
+_NOTHING: dict[str, Any] = {}
 
 
 def _lengths(call: Call) -> dict[str, Any]:
     """Where the sequences of a packed batch lie. Used lengths only where rows lie between them."""
     q, k = call.rows_q, call.rows_k
     if q is None or k is None:
-        return _DENSE
+        return _NOTHING
     return {
         "cu_seqlens_q": q.starts,
         "cu_seqlens_k": k.starts,

@@ -9,10 +9,9 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
-import platformdirs
 import torch
 import typer
 from rich.console import RenderableType
@@ -29,7 +28,7 @@ from anyattn.cli import _render
 _VARIABLES = {
     "ANYATTN_BACKEND": 'which backends backend="auto" may be: names with commas',
     "ANYATTN_LOG": "what is logged to standard error: debug, info, warning or error",
-    "ANYATTN_CACHE_DIR": "where measurements of this machine will be kept; none yet",
+    "ANYATTN_CACHE_DIR": "where compiled kernels are kept; without it, where their packages do",
 }
 #: Packages that more of anyattn needs: (distribution, the extra, what for).
 _EXTRAS = (
@@ -104,8 +103,6 @@ def _variables() -> list[dict[str, str | None]]:
                 wrong = str(error)
         if name == "ANYATTN_LOG" and value and not isinstance(logging.getLevelName(value.strip().upper()), int):
             wrong = f"{value} is no level, info is taken"
-        if name == "ANYATTN_CACHE_DIR" and not value:
-            use += f"; by default {platformdirs.user_cache_dir('anyattn')}"
         found.append({"name": name, "value": value, "use": use, "wrong": wrong})
     return found
 
@@ -157,6 +154,22 @@ def _machine_table(machine: dict[str, Any]) -> Table:
         rows.append(("GPU", f"none: {machine['no_device']}"))
     rows.append(("CPU", f"{machine['cpu_threads']} threads for torch"))
     return _render.facts(rows)
+
+
+def _kept_kernels(statuses: BackendTable) -> dict[str, str]:
+    """Where the backends that run here, and compile their kernels, keep them."""
+    found = {}
+    for name, status in statuses.items():
+        where: Callable[[], str | None] | None = getattr(get(name), "kernel_cache", None)
+        if status.runs_here and where is not None:
+            found[name] = where() or "not kept: every process compiles them again"
+    return found
+
+
+def _kept_table(kept: dict[str, str]) -> Iterator[RenderableType]:
+    if kept:
+        yield ""
+        yield _render.facts([(f"kernels compiled for {name}", where) for name, where in kept.items()])
 
 
 def _backend_table(statuses: BackendTable) -> Table:
@@ -233,13 +246,14 @@ def doctor(
     """Show what is installed and runs here, why the rest does not, what each kernel can do, and what to do next."""
     with contextlib.redirect_stdout(sys.stderr):  # packages print while they are imported
         machine, statuses, variables = _machine(), anyattn.backends(), _variables()
-    steps = _next_steps(machine, statuses)
+    steps, kept = _next_steps(machine, statuses), _kept_kernels(statuses)
     if as_json:
         support = {row.feature: dict(row.cells) for row in _support.support_rows()}
         _render.show_json(
             {
                 "machine": machine,
                 "backends": [dataclasses.asdict(status) for status in statuses.values()],
+                "compiled_kernels": kept,
                 "support": support,
                 "kernels": [dataclasses.asdict(fact) for fact in _support.kernel_facts()],
                 "environment": variables,
@@ -249,7 +263,7 @@ def doctor(
         return
     _render.show(
         *_section(f"anyattn {machine['anyattn']} on this machine", _machine_table(machine)),
-        *_section("Backends, the preferred first", _backend_table(statuses)),
+        *_section("Backends, the preferred first", _backend_table(statuses), *_kept_table(kept)),
         *_section("What each kernel can do", *_support_tables(), *_rules(_families(machine), everything)),
         *_section("Environment", _variable_table(variables)),
         _render.heading("Next steps"),
