@@ -1,208 +1,337 @@
-"""What anyattn adds to a kernel on a GPU: host time per call, throughput, padding, memory; against the raw kernel."""
+"""What anyattn adds to each kernel on a GPU: host time, throughput, padding, memory; against its raw entry points."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import anyattn
+import raw
 from anyattn import Packing
-from measure import Row, device_ms, host_us, peak_mib
+from anyattn.backends import get as get_backend
+from measure import Report, Row, Thunk, device_ms, host_us, peak_mib, synchronises
+from raw import KERNELS, Batch, Raw, Shape
 
-Call = Callable[[], Any]
-SHAPES = {"16 x 1k": [1024] * 16, "4 x 4k": [4096] * 4, "1 x 16k": [16384]}
-DIM = 128
+SHORT, MIDDLE, LONG = (1024,) * 16, (4096,) * 4, (16384,)
+SHAPES = (
+    Shape(SHORT),
+    Shape(MIDDLE),
+    Shape(LONG),
+    Shape(MIDDLE, causal=False),
+    Shape(LONG, heads=(32, 8)),
+    Shape(MIDDLE, heads=(32, 8), dim=64),
+)
+TINY = Shape((16, 16), heads=(4, 4))
+#: Host time with the package's own function for packed batches, at most: ours over theirs.
+OF_PUBLIC = {"fa3": "<= 0.5", "fa4": "<= 0.8"}
+#: Kernels that compile for seconds per kind of packed batch: these shapes only.
+FEW_PACKED = {"flex": SHAPES[:3]}
+#: Which kernels are measured with gaps between the sequences.
+WITH_GAPS = ("fa4", "fa3", "fa2", "varlen", "cudnn")
 
 
-def _qkv(rows: int, heads: int, kv_heads: int, grad: bool = False) -> list[torch.Tensor]:
-    return [
-        torch.randn(rows, h, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
-        for h in (heads, kv_heads, kv_heads)
-    ]
+def chosen(only: Sequence[str]) -> list[str]:
+    """The kernels of these names, or of these backends; all where there is none."""
+    return [name for name in KERNELS if not only or name in only or name.partition(":")[0] in only]
 
 
-class Raw:
-    """A kernel's own entry points on a compact packed batch, causal: what anyattn is compared with."""
+def measure_all(report: Report, names: Sequence[str]) -> None:
+    """All GPU figures of the kernels that run here; the others are named."""
+    status = anyattn.backends()
+    for name in names:
+        backend = name.partition(":")[0]
+        if backend not in status or not status[backend].runs_here:
+            why = status[backend].reason if backend in status else "anyattn has no such backend"
+            report.leave_out(name, "absent", why.replace("not installed", "not installed here"))
+            continue
+        kernel, forms = KERNELS[name]
+        packed = forms[-1]
+        form = _form(packed)
+        report.attempt(f"backward, {form}, {name}", partial(backward_refused, report, name, packed))
+        report.attempt(f"host time, {form}, {name}", partial(host_time_of_forward, name, kernel, packed))
+        report.attempt(f"host time with gradients, {form}, {name}", partial(host_time, name, kernel, packed))
+        report.attempt(f"synchronisation, {form}, {name}", partial(synchronisation, name, kernel, packed))
+        report.attempt(f"peak memory, {form}, {name}", partial(memory, name, kernel, packed))
+        for form_packed in forms:
+            shapes = FEW_PACKED.get(name, SHAPES) if form_packed else SHAPES
+            for shape in shapes:
+                what = f"throughput, {_form(form_packed)}, {shape.label}, {name}"
+                if not kernel.grouped and shape.heads[0] != shape.heads[1]:
+                    report.leave_out(what, "refused", "the raw kernel takes as many kv heads as heads only")
+                    continue
+                report.attempt(what, partial(throughput, name, kernel, shape, form_packed))
+        if name in WITH_GAPS:
+            for shape in SHAPES[:3]:
+                report.attempt(f"gaps, {shape.label}, {name}", partial(padding, name, kernel, shape))
 
-    def __init__(self, name: str, lengths: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.name, self.q, self.k, self.v = name, q, k, v
-        self.cu = Packing.from_lengths(lengths, device="cuda").cu_seqlens
-        self.longest = max(lengths)
-        self.scale = DIM**-0.5
 
-    def forward(self) -> Any:
-        """(out, lse, ...) as the kernel returns it."""
-        if self.name == "fa4":
-            from flash_attn.cute.interface import _flash_attn_fwd
+def backward_refused(report: Report, name: str, packed: bool) -> list[Row]:
+    """No rows: says so where a kernel has a forward only."""
+    if why := Batch(TINY, packed).refused(name):
+        report.leave_out(f"backward, {name}", "refused", why)
+    return []
 
-            return _flash_attn_fwd(
-                self.q, self.k, self.v, cu_seqlens_q=self.cu, cu_seqlens_k=self.cu, max_seqlen_q=self.longest,
-                max_seqlen_k=self.longest, softmax_scale=self.scale, causal=True, return_lse=True,
-            )  # fmt: skip
-        return torch.ops.aten._flash_attention_forward(
-            self.q, self.k, self.v, self.cu, self.cu, self.longest, self.longest, 0.0, True, False, scale=self.scale
+
+def _form(packed: bool) -> str:
+    return "packed" if packed else "dense"
+
+
+# --- batches with gaps ---------------------------------------------------------------------------------------------
+
+
+class Padded:
+    """A packed batch in which rows after each sequence are padding, and its calls of anyattn."""
+
+    def __init__(self, name: str, shape: Shape, room: Sequence[int], grad: bool) -> None:
+        self.name, self.shape = name, shape
+        starts = torch.tensor([0, *room], dtype=torch.int32).cumsum(0, dtype=torch.int32).cuda()
+        cu = Packing.from_lengths(list(shape.lengths), device="cuda").cu_seqlens
+        self.packing = Packing(cu, cu_seqlens_padded=starts)
+        heads, kv_heads = shape.heads
+        self.q, self.k, self.v = (
+            torch.randn(sum(room), h, shape.dim, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
+            for h in (heads, kv_heads, kv_heads)
         )
+        self.dout = torch.randn_like(self.q, requires_grad=False)
 
-    def backward(self, result: Any, dout: torch.Tensor) -> Any:
-        """(dq, dk, dv, ...) as the kernel returns it."""
-        out, lse = result[0], result[1]
-        if self.name == "fa4":
-            from flash_attn.cute.interface import _flash_attn_bwd
+    def forward(self) -> Tensor:
+        out: Tensor = anyattn.attention(
+            self.q, self.k, self.v, causal=self.shape.causal, packing=self.packing, backend=self.name
+        )
+        return out
 
-            return _flash_attn_bwd(
-                self.q, self.k, self.v, out, dout, lse, softmax_scale=self.scale, causal=True, cu_seqlens_q=self.cu,
-                cu_seqlens_k=self.cu, max_seqlen_q=self.longest, max_seqlen_k=self.longest,
-            )  # fmt: skip
-        return torch.ops.aten._flash_attention_backward(
-            dout, self.q, self.k, self.v, out, lse, self.cu, self.cu, self.longest, self.longest, 0.0, True, result[2],
-            result[3], scale=self.scale,
-        )  # fmt: skip
+    def both(self) -> Any:
+        return torch.autograd.grad(self.forward(), (self.q, self.k, self.v), self.dout)
 
 
-def call_cost(backends: list[str]) -> list[Row]:
-    """Host microseconds per call on a tiny packed problem, forward, no grad."""
-    lengths = [16, 16]
-    q, k, v = _qkv(32, 4, 4)
-    packing = Packing.from_lengths(lengths, device="cuda")
-    padded = Packing.from_lengths(lengths, pad_to_multiple_of=24, device="cuda")
-    wide = _qkv(48, 4, 4)
-    rows = []
+# --- host time -----------------------------------------------------------------------------------------------------
+
+
+def host_time_of_forward(name: str, kernel: type[Raw], packed: bool) -> list[Row]:
+    """Host microseconds per call on a tiny problem, forward, without gradients."""
+    batch = Batch(TINY, packed, grad=False)
+    entry = kernel(batch)
     with torch.no_grad():
-        for name in backends:
-            raw = Raw(name, lengths, q, k, v)
-            thunks: list[Call] = [
-                lambda name=name: anyattn.attention(q, k, v, causal=True, packing=packing, backend=name),
-                raw.forward,
-                lambda name=name: anyattn.attention(*wide, causal=True, packing=padded, backend=name),
-            ]
-            if name == "fa4":
-                thunks.append(_public_fa4(raw))
-            ours, entry, with_gaps, *public = host_us(*thunks)
-            rows.append(Row(f"host time, tiny packed call, {name}", ours, entry, "us", "its raw entry point"))
-            rows.append(
-                Row(f"host time, tiny padded call, {name}", with_gaps, entry, "us", "its raw entry point, compact")
-            )
-            if public:
-                target = "<= 0.9"
-                rows.append(
-                    Row(f"host time, tiny packed call, {name}", ours, public[0], "us", "its public function", target)
-                )
+        thunks: dict[str, Thunk] = {"ours": lambda: batch.attention(name), "raw": entry.forward}
+        public = entry.public() if packed else None
+        if public is not None:
+            thunks["public"] = public
+        if name in WITH_GAPS:
+            thunks["padded"] = Padded(name, TINY, [24, 24], grad=False).forward
+        us = dict(zip(thunks, host_us(*thunks.values()), strict=True))
+    what = f"host time, tiny {_form(packed)} call, {name}"
+    rows = [Row(what, us["ours"], us["raw"], "us", "its raw entry point")]
+    if "public" in us:
+        rows.append(Row(what, us["ours"], us["public"], "us", "its public function", OF_PUBLIC.get(name, "")))
+    if "padded" in us:
+        against = "its raw entry point, compact"
+        rows.append(Row(f"host time, tiny padded call, {name}", us["padded"], us["raw"], "us", against))
     return rows
 
 
-def _public_fa4(raw: Raw) -> Call:
-    from flash_attn.cute import flash_attn_varlen_func
+def host_time(name: str, kernel: type[Raw], packed: bool) -> list[Row]:
+    """Host microseconds per call with gradients: forward, then forward and backward through autograd."""
+    batch = Batch(TINY, packed)
+    if batch.refused(name):  # forward only
+        return []
+    q, k, v = leaves = (batch.q, batch.k, batch.v)
+    entry = kernel(batch)
+    thunks: dict[str, Thunk] = {
+        "forward": lambda: batch.attention(name),
+        "raw forward": entry.forward,
+        "both": lambda: torch.autograd.grad(batch.attention(name), leaves, batch.dout),
+        "raw both": lambda: entry.backward(entry.forward(), batch.dout),
+    }
+    if not kernel.differentiates:
+        bare: Any = raw.Bare.apply
+        thunks["bare"] = lambda: torch.autograd.grad(bare(entry, q, k, v), leaves, batch.dout)
+    if name in WITH_GAPS:
+        padded = Padded(name, TINY, [24, 24], grad=True)
+        thunks |= {"padded forward": padded.forward, "padded both": padded.both}
+    us = dict(zip(thunks, host_us(*thunks.values(), calls=200), strict=True))
+    what, bound = f"host time, tiny {_form(packed)} call", "<= +30 us"
+    forward, both = f"{what} with gradients, forward, {name}", f"{what} with gradients, forward and backward, {name}"
+    rows = [
+        Row(forward, us["forward"], us["raw forward"], "us", "its raw entry point", bound),
+        Row(both, us["both"], us["raw both"], "us", "its raw entry points", bound),
+    ]
+    if "bare" in us:
+        rows.append(Row(both, us["both"], us["bare"], "us", "a bare autograd.Function of its raw entry points"))
+    if "padded both" in us:
+        more = "<= +30 us" if get_backend(name).CAPABILITIES[0].writes_gaps else "<= +45 us"
+        what, against = "host time, tiny padded call with gradients", "its raw entry points, compact"
+        rows += [
+            Row(f"{what}, forward, {name}", us["padded forward"], us["raw forward"], "us", against, more),
+            Row(f"{what}, forward and backward, {name}", us["padded both"], us["raw both"], "us", against, more),
+        ]
+    return rows
 
-    return lambda: flash_attn_varlen_func(
-        raw.q, raw.k, raw.v, cu_seqlens_q=raw.cu, cu_seqlens_k=raw.cu, max_seqlen_q=raw.longest,
-        max_seqlen_k=raw.longest, softmax_scale=raw.scale, causal=True,
-    )  # fmt: skip
+
+def synchronisation(name: str, kernel: type[Raw], packed: bool) -> list[Row]:
+    """Whether a call, or a padded one, makes the host wait for the device in steady state."""
+    batch = Batch(TINY, packed)
+    grad = not batch.refused(name)
+    if not grad:
+        batch = Batch(TINY, packed, grad=False)
+    entry = kernel(batch)
+    calls: dict[str, Thunk] = {f"tiny {_form(packed)} call": _ours(name, batch, grad)}
+    if name in WITH_GAPS:
+        padded = Padded(name, TINY, [24, 24], grad=grad)
+        calls["tiny padded call"] = padded.both if grad else padded.forward
+    theirs = synchronises(_theirs(entry, batch, grad))
+    way = "forward and backward" if grad else "forward"
+    return [
+        Row(f"waits for the device, {what}, {way}, {name}", synchronises(call), theirs, "waits", "the raw kernel",
+            "<= +0 waits")
+        for what, call in calls.items()
+    ]  # fmt: skip
 
 
-def throughput(backends: list[str], heads: tuple[int, int] = (16, 16)) -> list[Row]:
-    """16k tokens, causal, bf16: anyattn against the raw kernel on the same tensors, forward and backward.
+def _ours(name: str, batch: Batch, grad: bool) -> Thunk:
+    """Forward, and backward if asked for: all that they return."""
+
+    def run() -> Any:
+        out = batch.attention(name)
+        return out, torch.autograd.grad(out, (batch.q, batch.k, batch.v), batch.dout) if grad else None
+
+    return run
+
+
+def _theirs(entry: Raw, batch: Batch, grad: bool) -> Thunk:
+    def run() -> Any:
+        result = entry.forward()
+        return result, entry.backward(result, batch.dout) if grad else None
+
+    return run
+
+
+# --- throughput ----------------------------------------------------------------------------------------------------
+
+
+def throughput(name: str, kernel: type[Raw], shape: Shape, packed: bool) -> list[Row]:
+    """16k tokens in bfloat16: anyattn against the raw kernel on the same tensors, forward and backward.
 
     Rows are speeds: ours / theirs is the raw kernel's time over anyattn's.
     """
+    batch = Batch(shape, packed)
+    grad = not batch.refused(name)
+    if not grad:
+        batch = Batch(shape, packed, grad=False)
+    entry = kernel(batch)
+    ways: dict[str, tuple[float, Thunk, Thunk]] = {"forward": (1.0, lambda: batch.attention(name), entry.forward)}
+    out, result = batch.attention(name), entry.forward()
+    _same("out", out, entry.to_caller(result[0]))
+    if grad:
+        leaves = (batch.q, batch.k, batch.v)
+
+        def ours() -> Sequence[Tensor]:
+            return torch.autograd.grad(out, leaves, batch.dout, retain_graph=True)
+
+        def theirs() -> Sequence[Tensor]:
+            return entry.backward(result, batch.dout)
+
+        for mine, other in zip(ours(), theirs(), strict=False):
+            _same("a gradient", mine, entry.to_caller(other))
+        if kernel.differentiates:  # its graph is kept for one backward: a second one would compute forward again
+            ways["forward and backward"] = 3.5, _ours(name, batch, grad), _theirs(entry, batch, grad)
+        else:
+            ways["backward"] = 2.5, ours, theirs
+    times = device_ms(*(call for _, *calls in ways.values() for call in calls))
     rows = []
-    for name in backends:
-        for label, lengths in SHAPES.items():
-            q, k, v = _qkv(sum(lengths), *heads, grad=True)
-            dout = torch.randn_like(q)
-            raw = Raw(name, lengths, q.detach(), k.detach(), v.detach())
-            packing = Packing.from_lengths(lengths, device="cuda")
-            out = anyattn.attention(q, k, v, causal=True, packing=packing, backend=name)
-            result = raw.forward()
-            times = device_ms(
-                lambda: anyattn.attention(q, k, v, causal=True, packing=packing, backend=name),
-                raw.forward,
-                lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True),
-                lambda: raw.backward(result, dout),
-            )
-            flops = 2 * sum(n * n for n in lengths) * heads[0] * DIM
-            for way, ours, theirs, factor in (("forward", *times[:2], 1.0), ("backward", *times[2:], 2.5)):
-                speeds = [round(flops * factor / t / 1e9, 1) for t in (ours, theirs)]
-                what = f"{way}, {label}, heads {heads[0]}/{heads[1]}, {name}"
-                rows.append(Row(what, *speeds, "TFLOP/s", "the raw kernel", ">= 0.99"))
+    for i, (way, (factor, *_)) in enumerate(ways.items()):
+        speeds = [round(shape.forward_flops * factor / ms / 1e9, 1) for ms in times[2 * i : 2 * i + 2]]
+        what = f"{way}, {_form(packed)}, {shape.label}, {name}"
+        rows.append(Row(what, speeds[0], speeds[1], "TFLOP/s", "the raw kernel", ">= 0.99"))
     return rows
 
 
-def padding(backends: list[str], heads: tuple[int, int] = (16, 16)) -> list[Row]:
+def _same(what: str, ours: Tensor, theirs: Tensor) -> None:
+    """Both computed the same thing: else there is nothing to compare."""
+    ours, theirs = ours.detach().float(), theirs.detach().float()
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not error < 2e-2:
+        raise AssertionError(f"{what} differs from the raw kernel's by {error:.1e} of its largest value")
+
+
+# --- padding and memory --------------------------------------------------------------------------------------------
+
+
+def padding(name: str, kernel: type[Raw], shape: Shape) -> list[Row]:
     """Gaps of 10 and 50 percent of the rows, against the raw kernel on the compact batch; then 50 against 10.
 
     A third row adds to the raw kernel what no kernel can save: writing as many bytes of zeros as the gaps have.
     """
-    rows = []
-    for name in backends:
-        for label, lengths in SHAPES.items():
-            compact = _qkv(sum(lengths), *heads)
-            raw = Raw(name, lengths, *compact)
-            dout = torch.randn_like(compact[0])
-            result = raw.forward()
-            gaps = [_qkv(round(sum(lengths) / (1 - share)) - sum(lengths), *heads) for share in (0.1, 0.5)]
-            thunks: list[Call] = [raw.forward, lambda: raw.backward(result, dout)]
-            for share in (0.1, 0.5):
-                thunks += _padded_calls(name, lengths, heads, share)
-            for q, k, v in gaps:
-                thunks += [lambda q=q: q.zero_(), lambda q=q, k=k, v=v: (q.zero_(), k.zero_(), v.zero_())]
-            base_f, base_b, f10, b10, f50, b50, *zeros = device_ms(*thunks)
-            forward, backward = (base_f, f10, f50, *zeros[::2]), (base_b, b10, b50, *zeros[1::2])
-            for way, (base, low, high, *writing) in (("forward", forward), ("backward", backward)):
-                for percent, taken, zero in ((10, low, writing[0]), (50, high, writing[1])):
-                    what = f"{way}, {label}, {percent}% gaps, {name}"
-                    ours, theirs = round(1 / taken, 4), round(1 / base, 4)
-                    rows.append(Row(what, ours, theirs, "1/ms", "the raw kernel, compact", ">= 0.97"))
-                    floor = round(1 / (base + zero), 4)
-                    rows.append(Row(what, ours, floor, "1/ms", "the raw kernel, compact, and writing the zeros"))
-                rows.append(Row(f"{way}, {label}, 50% gaps, {name}", high, low, "ms", "10% gaps", "<= 1.03"))
-    return rows
-
-
-def _padded_calls(name: str, lengths: list[int], heads: tuple[int, int], share: float) -> list[Call]:
-    """Forward and backward of a batch in which this share of the rows is padding after each sequence."""
-    room = [round(n / (1 - share)) for n in lengths]
-    starts = torch.tensor([0, *room], dtype=torch.int32).cumsum(0, dtype=torch.int32).cuda()
-    cu = Packing.from_lengths(lengths, device="cuda").cu_seqlens
-    packing = Packing(cu, cu_seqlens_padded=starts)
-    q, k, v = _qkv(sum(room), *heads, grad=True)
-    out = anyattn.attention(q, k, v, causal=True, packing=packing, backend=name)
-    dout = torch.randn_like(q)
+    batch = Batch(shape, packed=True)
+    if batch.refused(name):
+        return _padding_rows(name, shape, "forward", _forward_times(name, kernel, shape))
+    entry = kernel(batch)
+    result = entry.forward()
+    thunks: list[Thunk] = [entry.forward, lambda: entry.backward(result, batch.dout)]
+    for room in _rooms(shape):
+        padded = Padded(name, shape, room, grad=True)
+        out, leaves = padded.forward(), (padded.q, padded.k, padded.v)
+        thunks.append(padded.forward)
+        thunks.append(partial(torch.autograd.grad, out, leaves, padded.dout, retain_graph=True))
+    for room in _rooms(shape):
+        q, k, v = _gap_tensors(shape, room)
+        thunks += [q.zero_, partial(_zero, q, k, v)]
+    times = device_ms(*thunks)
     return [
-        lambda: anyattn.attention(q, k, v, causal=True, packing=packing, backend=name),
-        lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True),
+        *_padding_rows(name, shape, "forward", times[::2]),
+        *_padding_rows(name, shape, "backward", times[1::2]),
     ]
 
 
-def memory(backends: list[str]) -> list[Row]:
-    """Peak memory of forward and backward against the raw calls, which return the same tensors."""
+def _forward_times(name: str, kernel: type[Raw], shape: Shape) -> list[float]:
+    """Of a kernel without backward: compact, with gaps of 10 and 50 percent, and writing as many zeros."""
+    padded = [Padded(name, shape, room, grad=False) for room in _rooms(shape)]
+    gaps = [_gap_tensors(shape, room)[0] for room in _rooms(shape)]
+    entry = kernel(Batch(shape, packed=True, grad=False))
+    return device_ms(entry.forward, *(p.forward for p in padded), *(q.zero_ for q in gaps))
+
+
+def _rooms(shape: Shape) -> list[list[int]]:
+    """Rows that each sequence has, so that 10 and 50 percent of all are gaps."""
+    return [[round(n / (1 - share)) for n in shape.lengths] for share in (0.1, 0.5)]
+
+
+def _gap_tensors(shape: Shape, room: Sequence[int]) -> list[Tensor]:
+    """Tensors of as many rows as the gaps of q, k and v."""
+    rows = sum(room) - sum(shape.lengths)
+    heads, kv_heads = shape.heads
+    return [torch.empty(rows, h, shape.dim, device="cuda", dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads)]
+
+
+def _zero(*tensors: Tensor) -> None:
+    for x in tensors:
+        x.zero_()
+
+
+def _padding_rows(name: str, shape: Shape, way: str, times: Sequence[float]) -> list[Row]:
+    compact, low, high, *zeros = times
     rows = []
-    lengths = [4096] * 4
-    for name in backends:
-        q, k, v = _qkv(sum(lengths), 16, 16, grad=True)
-        dout = torch.randn_like(q)
-        raw = Raw(name, lengths, q.detach(), k.detach(), v.detach())
-        packing = Packing.from_lengths(lengths, device="cuda")
-
-        def ours(name: str = name, q: Any = q, k: Any = k, v: Any = v, packing: Any = packing, dout: Any = dout) -> Any:
-            out = anyattn.attention(q, k, v, causal=True, packing=packing, backend=name)
-            return out, torch.autograd.grad(out, (q, k, v), dout)
-
-        def theirs(raw: Raw = raw, dout: Any = dout) -> Any:
-            result = raw.forward()
-            return result, raw.backward(result, dout)
-
-        rows.append(Row(f"peak memory, forward and backward, 4 x 4k, {name}", peak_mib(ours), peak_mib(theirs), "MiB",
-                        "the raw calls", "<= 1.01"))  # fmt: skip
+    for percent, taken, zero in ((10, low, zeros[0]), (50, high, zeros[1])):
+        what = f"{way}, {shape.label}, {percent}% gaps, {name}"
+        speeds = [round(1 / ms, 4) for ms in (taken, compact, compact + zero)]
+        rows.append(Row(what, speeds[0], speeds[1], "1/ms", "the raw kernel, compact", ">= 0.97"))
+        rows.append(Row(what, speeds[0], speeds[2], "1/ms", "the raw kernel, compact, and writing the zeros"))
+    rows.append(Row(f"{way}, {shape.label}, 50% gaps, {name}", high, low, "ms", "10% gaps", "<= 1.03"))
     return rows
 
 
-def rows() -> list[Row]:
-    """All GPU figures, for the packed backends that run here."""
-    status = anyattn.backends()
-    here = [name for name in ("fa4", "varlen") if name in status and status[name].runs_here]
-    found = call_cost(here)
-    for heads in ((16, 16), (32, 8)):
-        found += throughput(here, heads)
-    return found + padding(here) + memory(here)
+def memory(name: str, kernel: type[Raw], packed: bool) -> list[Row]:
+    """Peak memory of forward and backward against the raw calls, which return the same tensors."""
+    shape = Shape(MIDDLE)
+    batch = Batch(shape, packed)
+    grad = not batch.refused(name)
+    if not grad:
+        batch = Batch(shape, packed, grad=False)
+    entry = kernel(batch)
+    ours, theirs = peak_mib(_ours(name, batch, grad)), peak_mib(_theirs(entry, batch, grad))
+    way = "forward and backward" if grad else "forward"
+    what = f"peak memory, {way}, {_form(packed)}, {shape.label}, {name}"
+    return [Row(what, ours, theirs, "MiB", "the raw calls", "<= 1.01")]

@@ -10,7 +10,7 @@ import time
 import torch
 
 import anyattn
-from measure import Row, host_us
+from measure import Report, Row, host_us
 
 F = torch.nn.functional
 
@@ -46,6 +46,7 @@ def import_cost(rounds: int = 7) -> list[Row]:
     return [Row("import torch, anyattn", both, alone, "s", "import torch alone", f"<= {bound}")]
 
 
-def rows() -> list[Row]:
+def measure_all(report: Report) -> None:
     """All host figures."""
-    return call_cost() + import_cost()
+    report.attempt("tiny call on the CPU", call_cost)
+    report.attempt("import", import_cost)

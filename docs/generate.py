@@ -12,13 +12,18 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import anyattn
+import backend_pages
+import figures
 from anyattn import _errors, _support
+from anyattn.backends import ORDER
+from tables import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -133,18 +138,28 @@ def explanation() -> str:
     return f"```text\n{anyattn.explain(q, k, k, causal=True, window=(1023, 0), on='sm90')}\n```"
 
 
-def summary() -> str:
-    """The support table without its notes."""
-    return "\n\n".join(_support.markdown_table().split("\n\n")[:2])
+def sanitize() -> str:
+    """What ``sanitize=True`` costs, by kernel."""
+    able = [(kernel, c) for name in ORDER for kernel, c in kernels(name) if "gaps" in c.features]
+    free = ", ".join(f"`{kernel}`" for kernel, c in able if c.ignores_gaps)
+    others = ", ".join(f"`{kernel}`" for kernel, c in able if not c.ignores_gaps)
+    return textwrap.fill(
+        f"It costs nothing with {free}, which read no padding, and a pass over each tensor with {others}.", 120
+    )
 
 
 PARTS: dict[str, Callable[[], str]] = {
     "support": _support.markdown_table,
-    "support-summary": summary,
+    "matrix": backend_pages.matrix,
+    "speed": figures.speed,
+    "backends": partial(backend_pages.table_of_backends, ""),
+    "sanitize": sanitize,
     "tree": tree,
     "explain": explanation,
     "errors": errors,
 }
+for _name in ORDER:
+    PARTS |= backend_pages.parts(_name)
 
 
 def regenerate(text: str) -> str:

@@ -4,6 +4,8 @@ A case names a kernel that can run on a device, and one value of every parameter
 positional mask, terms of the scores, dtype, heads, head dims, and what is asked of the call. Cases cover every pair of
 values that the kernel takes; what it takes is asked of ``anyattn.explain``, so declaring a backend tests it.
 
+Kernels of other machines run as their doubles (tests/doubles), each of several published versions.
+
 Padding is always there and always hostile: large finite values in q, k, v and in the incoming gradients.
 """
 
@@ -14,6 +16,7 @@ import importlib
 import itertools
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -22,15 +25,19 @@ from torch import Tensor
 
 import anyattn
 import oracle
+from anyattn import _core, _select
 from anyattn._capability import Capability
+from doubles import pretend
 from oracle import Span, Terms
 
 BACKENDS = importlib.import_module("anyattn.backends")
 DTYPES = {n: getattr(torch, n) for n in ("float16", "bfloat16", "float32", "float64")}
 
 #: Kernels that compile for seconds per configuration: no more cases than this, and fewer head dims.
-CASE_LIMITS = {"fa4": 40}
+CASE_LIMITS = {"fa4": 40, "flex:cuda": 40, "flex:cpu": 12}
 SLOW_TO_COMPILE_DIMS = ("64", "128", "192/128")
+#: Doubles: this many cases of the newest version, and of each older one.
+IMAGINED_LIMITS = (40, 16)
 
 FORMS = (
     "bshd", "sbhd", "bhsd",  # dense
@@ -55,22 +62,50 @@ SCORES = (
 )  # fmt: skip
 RELATIONS = ("equal", "keys_longer", "any")
 HEADS = ("4", "4/2", "3/1")
-ASKS = ("grad", "lse_grad", "forward", "deterministic")
+ASKS = ("grad", "lse_grad", "forward", "deterministic", "out")  # forward gives lse too, out nothing else
+
+
+@dataclass(frozen=True)
+class Imagined:
+    """A machine that this one is not: a GPU, and versions of packages, by backend."""
+
+    on: str
+    packages: tuple[tuple[str, str], ...] = ()
+    newest: bool = True
+    """With the newest version of what is tested: all that is declared must be there."""
+    without: tuple[str, ...] = ()
+    """Features that the build of FlashAttention 3 lacks."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A kernel on a device of this machine."""
+    """A kernel on a device of this machine, or its double, on the CPU, as if on another one."""
 
     device: str
     name: str
     """As ``backend=`` takes it: "reference", "torch:cpu"."""
     capability: Capability = field(repr=False, hash=False, compare=False)
+    imagined: Imagined | None = None
 
     @property
     def id(self) -> str:
         """For pytest."""
-        return f"{self.device}-{self.name}"
+        if self.imagined is None:
+            return f"{self.device}-{self.name}"
+        versions = "".join(f"@{version}" for _, version in self.imagined.packages)
+        without = "".join(f"-no{feature}" for feature in self.imagined.without)
+        return f"{self.imagined.on}-{self.name}{versions}{without}"
+
+    @property
+    def dims(self) -> str:
+        """A head dim that every kernel takes there."""
+        return "16" if self.device == "cpu" and self.imagined is None else "64"
+
+    def machine(self) -> AbstractContextManager[Any]:
+        """Be on the imagined machine, with the kernel loaded; nothing where one is there, or where it is this one."""
+        if self.imagined is None or _there == self.imagined:
+            return nullcontext()
+        return _be_on(self.imagined, self.backend)
 
     @property
     def backend(self) -> str:
@@ -80,6 +115,8 @@ class Target:
     @property
     def arch(self) -> str:
         """As ``explain(on=)`` takes it."""
+        if self.imagined is not None:
+            return self.imagined.on
         if self.device == "cpu":
             return "cpu"
         major, minor = torch.cuda.get_device_capability()
@@ -111,6 +148,50 @@ PARAMETERS = tuple(f.name for f in fields(Case) if f.name != "target")
 
 # --- which kernels run here ----------------------------------------------------------------------------------------
 
+_there: Imagined | None = None
+
+
+@contextmanager
+def _be_on(imagined: Imagined, backend: str) -> Iterator[None]:
+    global _there
+    with pretend(imagined.on, without=imagined.without, **dict(imagined.packages)):
+        _select.load(backend)  # what only the import tells counts from the start
+        _there = imagined
+        try:
+            yield
+        finally:
+            _there = None
+
+
+#: Doubles by backend, the newest version first. Betas of FlashAttention 3 go by their dates: before torch knew its ops,
+#: before and after windows had two sides; 0.0.3 is fa3-fwd. torch's own kernels have one version.
+VERSIONS = {
+    "fa2": ("2.8.3", "2.7.4", "2.6.3", "2.5.9", "2.4.1", "2.3.0"),
+    "fa3": ("3.0.0", "2025-12-04", "2025-06-07", "2025-04-10", "0.0.3"),
+    "fa4": ("4.0.0b36", "4.0.0b12"),
+    "varlen": (),
+    "torch": (),
+}
+
+
+#: Older versions that every test of a kernel gets beside the newest; all of them get generated cases.
+OLDER = ("2.5.9", "2025-06-07")
+
+
+@functools.cache
+def imagined() -> tuple[Target, ...]:
+    """The doubles, as if on a Hopper GPU."""
+    found = []
+    for name, versions in VERSIONS.items():
+        if name not in BACKENDS.ORDER:
+            continue
+        able = [c for c in BACKENDS.get(name).CAPABILITIES if 9 in c.families]
+        machines = [Imagined("sm90", ((name, v),), i == 0) for i, v in enumerate(versions)] or [Imagined("sm90")]
+        found += [
+            Target("cpu", f"{name}:{c.kernel}" if c.kernel else name, c, machine) for machine in machines for c in able
+        ]
+    return tuple(t for t in found if pairwise(t))
+
 
 @functools.cache
 def targets(device: str) -> tuple[Target, ...]:
@@ -127,9 +208,7 @@ def targets(device: str) -> tuple[Target, ...]:
         probe = backend.probe()
         if probe.version is None or probe.problem:
             continue
-        try:
-            backend.load()
-        except Exception:  # a package that does not load is what backends() reports
+        if not _select.load(name):  # what backends() reports
             continue
         found += [Target(device, f"{name}:{c.kernel}" if c.kernel else name, c) for c in able]
     return tuple(found)
@@ -318,7 +397,7 @@ class Maker:
         self.heads, self.kv_heads = int(heads), int(kv_heads or heads)
         dim, _, dim_v = case.dims.partition("/")
         self.dim, self.dim_v = int(dim), int(dim_v or dim)
-        self.grad = case.asks != "forward"
+        self.grad = case.asks not in ("forward", "out")
 
     def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers, the same on every device."""
@@ -446,8 +525,10 @@ def block_mask_values(rows: int, keys: int) -> Tensor:
 
 def _values(target: Target) -> dict[str, tuple[str, ...]]:
     """The values of each parameter, before anyone asks what the kernel takes."""
-    if target.device == "cpu":
-        dims: tuple[str, ...] = ("16", "8", "5", "16/8", "8/24")
+    if target.imagined is not None:
+        dims: tuple[str, ...] = ("64", "32", "20", "24", "64/32", "32/64", "192/128", "256")
+    elif target.device == "cpu":
+        dims = ("16", "8", "5", "16/8", "8/24")
     elif target.backend in CASE_LIMITS:
         dims = SLOW_TO_COMPILE_DIMS
     else:
@@ -464,18 +545,43 @@ def _values(target: Target) -> dict[str, tuple[str, ...]]:
     }
 
 
+def _limit(target: Target) -> int:
+    if target.imagined is not None:
+        return IMAGINED_LIMITS[0 if target.imagined.newest else 1]
+    return CASE_LIMITS.get(target.name, CASE_LIMITS.get(target.backend, 1 << 30))
+
+
+def with_other_head_dims(target: Target) -> list[Case]:
+    """Plain cases whose head_dim_v is not their head_dim."""
+    forms = [form for form in ("bshd", "thd") if {"bshd": "dense", "thd": "packed"}[form] in target.capability.features]
+    dims = [d for d in _values(target)["dims"] if "/" in d]
+    return [Case(target, f, dtype=target.capability.dtypes[0], dims=d, asks="forward") for f in forms for d in dims]
+
+
 @functools.cache
 def takes(case: Case) -> bool:
     """Whether the library says that the kernel takes the case."""
-    version = BACKENDS.get(case.target.backend).probe().version
+    on_cpu = case.target.device == "cpu"
     try:
-        with deterministic_flag(case):
-            problem = build(case, device="cpu" if case.target.device == "cpu" else "meta")
-            if case.target.device == "cpu":
+        with case.target.machine(), deterministic_flag(case):
+            problem = build(case, device="cpu" if on_cpu and case.target.imagined is None else "meta")
+            if on_cpu:
                 return problem.explain().chosen == case.target.backend
-            return problem.explain(on=case.target.arch, assume={case.target.backend: version}).chosen is not None
+            with _meta_is_this_gpu():
+                return problem.explain().chosen is not None
     except anyattn.InvalidArgument:
         return False
+
+
+@contextmanager
+def _meta_is_this_gpu() -> Iterator[None]:
+    """``explain(on=...)`` would assume whole builds of each kernel; this is about the ones that are installed."""
+    arch_of = _core.arch_of
+    _core.arch_of = lambda device: arch_of(torch.device("cuda"))  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _core.arch_of = arch_of
 
 
 class deterministic_flag:
@@ -495,60 +601,84 @@ class deterministic_flag:
             torch.use_deterministic_algorithms(self.before)
 
 
+def is_tried_everywhere(target: Target) -> bool:
+    """Whether every test of a kernel gets this one: of its versions, few do."""
+    if target.imagined is None or target.imagined.newest:
+        return True
+    return any(version in OLDER for _, version in target.imagined.packages)
+
+
+@functools.cache
+def all_targets(device: str) -> tuple[Target, ...]:
+    """Every kernel that runs on a device, and beside those of the CPU the doubles."""
+    return targets(device) + (imagined() if device == "cpu" else ())
+
+
 @functools.cache
 def generate(device: str) -> tuple[Case, ...]:
-    """The cases of every kernel that runs on a device."""
-    return tuple(case for target in targets(device) for case in pairwise(target))
+    """The cases of every kernel that runs on a device, and beside those of the CPU of every double."""
+    return tuple(case for target in all_targets(device) for case in pairwise(target))
 
 
 def _first(target: Target, values: dict[str, tuple[str, ...]]) -> Case | None:
     """A plain case that the kernel takes: the base from which single values are tried."""
-    for form, heads, dims in itertools.product(("bshd", "thd"), values["heads"], values["dims"]):
-        case = Case(target, form, dtype=values["dtype"][0], heads=heads, dims=dims)
+    for asks, form, heads, dims in itertools.product(("grad", "out"), ("bshd", "thd"), values["heads"], values["dims"]):
+        case = Case(target, form, dtype=values["dtype"][0], heads=heads, dims=dims, asks=asks)
         if takes(case):
             return case
     return None
 
 
-def pairwise(target: Target) -> list[Case]:
-    """Cases in which every pair of values that the kernel takes together occurs (Cohen et al. 1997, greedily)."""
+@functools.cache
+def pairwise(target: Target) -> tuple[Case, ...]:
+    """Cases in which every pair of values that the kernel takes together occurs (Cohen et al. 1997, greedily).
+
+    Where a kernel gets fewer, every single value that it takes occurs all the same.
+    """
+    with target.machine():
+        return tuple(_pairwise(target))
+
+
+def _pairwise(target: Target) -> Iterator[Case]:
     values = _values(target)
     base = _first(target, values)
     if base is None:
-        return []
+        return
     bases = [c for form in ("bshd", "thd", "bshd_right") if takes(c := replace(base, form=form))]
+    bases += [c for b in bases if takes(c := replace(b, asks="forward"))]
     usable = {
         name: tuple(x for x in options if any(takes(replace(b, **{name: x})) for b in bases))
         for name, options in values.items()
     }
+    single = {frozenset({(a, x)}) for a in usable for x in usable[a]}
     pairs = {
         frozenset({(a, x), (b, y)}) for a, b in itertools.combinations(usable, 2) for x in usable[a] for y in usable[b]
     }
-    return list(_cover(target, usable, pairs))
+    yield from itertools.islice(_cover(target, usable, single, pairs), _limit(target))
 
 
-def _cover(
-    target: Target, usable: dict[str, tuple[str, ...]], pairs: set[frozenset[tuple[str, str]]]
-) -> Iterator[Case]:
+Goals = set[frozenset[tuple[str, str]]]
+
+
+def _cover(target: Target, usable: dict[str, tuple[str, ...]], single: Goals, pairs: Goals) -> Iterator[Case]:
     rng = random.Random(0)
-    limit = CASE_LIMITS.get(target.backend, 1 << 30)
-    order = sorted(pairs, key=sorted)
-    rng.shuffle(order)
-    for pair in order:
-        if pair not in pairs:
+    orders = [sorted(goals, key=sorted) for goals in (single, pairs)]
+    for order in orders:
+        rng.shuffle(order)
+    for goal in itertools.chain(*orders):
+        if goal not in single and goal not in pairs:
             continue
         best: tuple[int, Case | None] = (0, None)
         for _ in range(12):
             drawn = {name: rng.choice(options) for name, options in usable.items()}
-            drawn.update(dict(pair))
+            drawn.update(dict(goal))
             score = sum(frozenset(p) in pairs for p in itertools.combinations(drawn.items(), 2))
+            score += 10 * sum(frozenset({item}) in single for item in drawn.items())
             if score > best[0] and takes(case := Case(target, **drawn)):
                 best = (score, case)
         if best[1] is None:
             continue
-        chosen = {name: getattr(best[1], name) for name in usable}
-        pairs -= {frozenset(p) for p in itertools.combinations(chosen.items(), 2)}
+        chosen = [(name, getattr(best[1], name)) for name in usable]
+        single -= {frozenset({item}) for item in chosen}
+        pairs -= {frozenset(p) for p in itertools.combinations(chosen, 2)}
         yield best[1]
-        limit -= 1
-        if limit == 0:
-            return

@@ -35,6 +35,7 @@ def _mark(device: str) -> list[pytest.MarkDecorator]:
 def pytest_configure(config: pytest.Config) -> None:
     """``needs``: only kernels that declare these features are generated."""
     config.addinivalue_line("markers", "needs(feature, ...): run for kernels that declare all of these features")
+    config.addinivalue_line("markers", "forward_only: run for kernels without a backward too")
     if _wants_gpu(config):
         for package in ("cutlass", "flash_attn", "torch.utils.cpp_extension"):
             config.addinivalue_line("filterwarnings", f"ignore:::{package}")
@@ -45,7 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _targets(metafunc: pytest.Metafunc, device: str) -> list[cases.Target]:
     needed = {feature for mark in metafunc.definition.iter_markers("needs") for feature in mark.args}
-    return [t for t in cases.targets(device) if needed <= set(t.capability.features)]
+    found = [t for t in cases.all_targets(device) if cases.is_tried_everywhere(t)]
+    if metafunc.definition.get_closest_marker("forward_only") is None:
+        found = [t for t in found if t.capability.backward_families != ()]
+    return [t for t in found if needed <= set(t.capability.features)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -81,6 +85,21 @@ def _clean_state() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _machine(request: pytest.FixtureRequest, _clean_state: None) -> Iterator[None]:
+    """The machine that the test's kernel runs on, where that is an imagined one."""
+    given = getattr(request.node, "callspec", None)
+    parameters = given.params if given is not None else {}
+    target = parameters.get("target")
+    if target is None and (case := parameters.get("case")) is not None:
+        target = case.target
+    if isinstance(target, cases.Target):
+        with target.machine():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture

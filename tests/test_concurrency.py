@@ -8,6 +8,7 @@ import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,9 +22,9 @@ from test_conformance import run
 
 def test_threads_may_call_at_once(target: Target) -> None:
     """Forward and backward of different kinds from many threads, starting with nothing cached: each its own answer."""
-    made = [
-        c for c in cases.generate(target.device) if c.target.name == target.name and c.asks in ("grad", "lse_grad")
-    ][:8]
+    made = [c for c in cases.pairwise(target) if c.asks in ("grad", "lse_grad")][:8]
+    if not made:
+        pytest.skip(f"{target.name} has no backward")
     problems = [cases.build(c) for c in made]
     alone = [run(p) for p in problems]
     forget_prepared()

@@ -12,7 +12,8 @@ import pytest
 
 #: Neither imported nor needed. numpy and triton come with torch in some installations, but anyattn asks for neither.
 FOREIGN = (
-    "triton", "numpy", "flash_attn", "flash_attn_interface", "flash_attn_3", "cutlass", "cudnn", "transformers",
+    "triton", "numpy", "flash_attn", "flash_attn_2_cuda", "flash_attn_interface", "flash_attn_3", "flash_attn_3_cuda",
+    "flash_attn_config", "fa3_fwd", "fa3_fwd_interface", "fa3_fwd_config", "cutlass", "cudnn", "transformers",
     "diffusers",
     "typer", "rich", "platformdirs", "matplotlib", "pytest", "hypothesis", "einops",
 )  # fmt: skip

@@ -23,7 +23,7 @@ NOT_FINITE = (float("nan"), INF, -INF)
 
 def padded_case(target: Target, form: str, **more: str) -> Case:
     """A case of a padded form that the kernel takes; skips where it takes none."""
-    dims = "64" if target.device == "cuda" else "16"
+    dims = target.dims
     for dtype in ("bfloat16", "float32"):
         case = Case(target, form, dtype=dtype, heads="4/2", dims=dims, **{"mask": "causal", **more})
         for candidate in (case, replace(case, heads="4")):

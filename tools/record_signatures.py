@@ -1,108 +1,87 @@
-"""Record the signatures of a kernel package's raw functions from its published wheels, importing none of them.
+"""Record the signatures of the kernel packages' functions from what they published, importing none of them.
 
-    python tools/record_signatures.py FOLDER_OF_WHEELS
+(One compiled module, of cuDNN's front end, is loaded all the same, in a process of its own.)
 
-Reads every ``flash_attn_4-*.whl`` in the folder and writes tests/signatures/fa4.json: per function, each distinct
-signature with the versions that have it. A parameter is its name and its default as source text (null: required);
-``returns`` are the numbers of values that its return statements give, where they can be read off.
+    python tools/record_signatures.py FOLDER_OR_CLONE ...
+
+A folder holds sdists and wheels, as pip leaves them, of as many releases as wanted::
+
+    pip download --no-deps --no-binary :all: --no-build-isolation flash-attn==2.8.3
+    pip download --no-deps flash-attn-4==4.0.0b36 fa3-fwd==0.0.3 nvidia-cudnn-frontend==1.32.0
+    pip download --no-deps --only-binary :all: --platform macosx_14_0_arm64 torch==2.15.0
+
+For the first, pip runs the package's setup.py: it wants torch, psutil, wheel and setuptools below 70, and
+FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE. For the last, any platform will do, and that one is small. A clone is one of
+github.com/Dao-AILab/flash-attention, for FlashAttention 3. Each package that is found is written to tests/signatures,
+whole: tests/doubles/signatures.py says how that reads.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import sys
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
+from signatures.packages import Release
 
-FUNCTIONS = {
-    "flash_attn/cute/interface.py": ("_flash_attn_fwd", "_flash_attn_bwd", "maybe_contiguous"),
-    "flash_attn/cute/cute_dsl_utils.py": ("maybe_contiguous",),  # where newer versions define it
+from signatures import packages
+
+TARGET = Path(__file__).parent.parent / "tests" / "signatures"
+SOURCES = {
+    "cudnn": "wheels of nvidia-cudnn-frontend on PyPI: cudnn/__init__.py, _pygraph.py, docstrings of _compiled_module",
+    "fa2": "sdists of flash-attn on PyPI: flash_attn/flash_attn_interface.py, csrc/flash_attn/flash_api.cpp",
+    "fa3": "github.com/Dao-AILab/flash-attention: hopper/flash_attn_interface.py, flash_api.cpp, flash_api_stable.cpp",
+    "fa3_fwd": "wheels of fa3-fwd on PyPI: fa3_fwd_interface.py, fa3_fwd_config.py, strings of fa3_fwd/_C.abi3.so",
+    "fa4": "wheels of flash-attn-4 on PyPI: flash_attn/cute/interface.py",
+    "torch": "wheels of torch on PyPI: torch/nn/attention, torchgen/packaged/ATen/native/native_functions.yaml",
 }
-TARGET = Path(__file__).parent.parent / "tests" / "signatures" / "fa4.json"
 
 
-def parameters(function: ast.FunctionDef) -> list[list[str | None]]:
-    """[name, default or null] of each parameter; keyword-only names have a star before them."""
-    given = function.args
-    named = given.posonlyargs + given.args
-    defaults = [None] * (len(named) - len(given.defaults)) + [ast.unparse(d) for d in given.defaults]
-    found: list[list[str | None]] = [[a.arg, d] for a, d in zip(named, defaults, strict=True)]
-    for argument, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
-        found.append(["*" + argument.arg, None if default is None else ast.unparse(default)])
-    return found
-
-
-def _values(node: ast.expr) -> Iterator[int]:
-    if isinstance(node, ast.IfExp):
-        yield from _values(node.body)
-        yield from _values(node.orelse)
-    elif isinstance(node, ast.Tuple):
-        yield len(node.elts)
-    else:
-        yield 1
-
-
-def returns(function: ast.FunctionDef) -> list[int]:
-    """How many values it returns, for each way to return; functions inside it are left out."""
-    found: set[int] = set()
-    stack: list[ast.AST] = list(function.body)
-    while stack:
-        node = stack.pop()
-        if isinstance(node, ast.Return) and node.value is not None:
-            found.update(_values(node.value))
-        if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
-            stack.extend(ast.iter_child_nodes(node))
-    return sorted(found)
-
-
-def read_wheel(wheel: Path) -> dict[str, Any]:
-    """The signatures in one wheel, by function."""
-    found: dict[str, Any] = {}
-    with zipfile.ZipFile(wheel) as archive:
-        for path, names in FUNCTIONS.items():
-            for node in ast.parse(archive.read(path)).body:
-                if isinstance(node, ast.FunctionDef) and node.name in names:
-                    found[node.name] = {"parameters": parameters(node), "returns": returns(node)}
-    return found
-
-
-def record(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every distinct signature in a folder of wheels, by function, oldest first."""
-    wheels = {Version(w.name.split("-")[1]): w for w in folder.glob("flash_attn_4-*.whl")}
-    if not wheels:
-        raise SystemExit(f"no flash_attn_4-*.whl in {folder}")
-    recorded: dict[str, list[dict[str, Any]]] = {}
-    for version in sorted(wheels):
-        for name, signature in read_wheel(wheels[version]).items():
-            entries = recorded.setdefault(name, [])
-            same = [e for e in entries if {k: e[k] for k in signature} == signature]
+def record(releases: Iterable[Release], source: str) -> dict[str, Any]:
+    """Every distinct signature by function, with the versions that have it, oldest first."""
+    functions: dict[str, list[dict[str, Any]]] = {}
+    versions: dict[str, dict[str, Any]] = {}
+    for version, noted, found in releases:
+        versions[version] = noted
+        for name, entry in found.items():
+            entries = functions.setdefault(name, [])
+            same = [e for e in entries if {k: v for k, v in e.items() if k != "versions"} == entry]
             if same:
-                same[0]["versions"].append(str(version))
+                same[0]["versions"].append(version)
             else:
-                entries.append({"versions": [str(version)], **signature})
-    return dict(sorted(recorded.items()))
+                entries.append({"versions": [version], **entry})
+    return {"source": source, "versions": versions, "functions": dict(sorted(functions.items()))}
 
 
-def as_text(recorded: dict[str, list[dict[str, Any]]]) -> str:
-    """JSON with one parameter list, and one list of versions, to a line: differences then read well."""
-    lines = []
-    for name, entries in recorded.items():
-        inner = [
-            "    {\n" + ",\n".join(f"      {json.dumps(k)}: {json.dumps(v)}" for k, v in entry.items()) + "\n    }"
-            for entry in entries
-        ]
-        lines.append(f"  {json.dumps(name)}: [\n" + ",\n".join(inner) + "\n  ]")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+def as_text(recorded: dict[str, Any]) -> str:
+    """JSON with one signature, and one list of versions, to a line: differences then read well."""
+    versions = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in recorded["versions"].items()]
+    functions = []
+    for name, entries in recorded["functions"].items():
+        texts = [[f"        {json.dumps(k)}: {json.dumps(v)}" for k, v in entry.items()] for entry in entries]
+        inner = ["      {\n" + ",\n".join(lines) + "\n      }" for lines in texts]
+        functions.append(f"    {json.dumps(name)}: [\n" + ",\n".join(inner) + "\n    ]")
+    return (
+        f'{{\n  "source": {json.dumps(recorded["source"])},\n'
+        '  "versions": {\n' + ",\n".join(versions) + "\n  },\n"
+        '  "functions": {\n' + ",\n".join(functions) + "\n  }\n}\n"
+    )
+
+
+def main(places: list[Path]) -> None:
+    """Write one file for each package that is found."""
+    TARGET.mkdir(exist_ok=True)
+    for place in places:
+        for name, source in SOURCES.items():
+            recorded = record(getattr(packages, name)(place), source)
+            if recorded["versions"]:
+                (TARGET / f"{name}.json").write_text(as_text(recorded))
+                print(f"{TARGET / name}.json: {len(recorded['versions'])} versions")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         raise SystemExit(__doc__)
-    TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text(as_text(record(Path(sys.argv[1]))))
-    print(TARGET)
+    main([Path(p) for p in sys.argv[1:]])

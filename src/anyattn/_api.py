@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -35,6 +35,9 @@ Causal = bool | Literal["top_left"] | None
 _CACHE_SIZE = 4096
 _prepared: dict[Any, Prepared] = {}
 _select.caches.append(_prepared)
+#: Asking for one kind of device costs ten times as much.
+_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_flash_override = _environment.flash_override
 _NO_INPUTS = Inputs(None, None, None, None, None)
 
 
@@ -143,7 +146,8 @@ def attention(
             q.__class__, k.__class__, v.__class__,
             torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad),
             causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse,
-            torch.are_deterministic_algorithms_enabled(), _select.default_preference(), autocast_dtype(q.device.type),
+            torch.are_deterministic_algorithms_enabled(), _select.default_preference(),
+            _any_autocast() and autocast_dtype(q.device.type), _flash_override(),
             None if sink is None else (sink.shape, sink.dtype, sink.device, sink.requires_grad),
             None if alibi_slopes is None else describe(alibi_slopes, True),
             None if bias is None else describe(bias, True),
@@ -270,6 +274,7 @@ def make_request(
         torch.are_deterministic_algorithms_enabled(),
         return_lse,
         autocast_dtype(q.device.type),
+        _flash_override(),
     )
 
 
@@ -384,7 +389,7 @@ def explain(
 
         >>> import torch, anyattn
         >>> q = torch.empty(1, 4096, 32, 128, dtype=torch.bfloat16, device="meta")
-        >>> anyattn.explain(q, q, q, causal=True, on="sm90").chosen
+        >>> anyattn.explain(q, q, q, causal=True, on="sm100").chosen
         'fa4'
     """
     if on is not None and on not in _environment.TARGETS:

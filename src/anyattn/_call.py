@@ -66,6 +66,8 @@ class Spec:
     """Every real query row is known to see a key, so that no kernel's lse of an empty row can appear."""
     needs_backward: bool = False
     """A backward is expected to follow."""
+    bias_grad: bool = False
+    """The gradient of bias is asked for."""
 
 
 class Call(NamedTuple):

@@ -264,6 +264,7 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         equal_lengths=problem.relation == "equal",
         sees_key=_sees_key(problem),
         needs_backward=problem.needs_backward,
+        bias_grad=problem.bias_grad,
     )
     dims = (sizes.batch, sizes.seq_q, sizes.seq_k, sizes.num_heads, problem.seqlen_q, problem.seqlen_k)
     device = request.q.device

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch.nn.attention import current_flash_attention_impl
 
 #: Targets that ``explain(on=...)`` knows, as compute capability times ten; 0 is the CPU.
 TARGETS: dict[str, int] = {
@@ -72,6 +73,14 @@ def _cuda_arch(index: int) -> int:
 def torch_version() -> str:
     """Torch's version without its local part: "2.11.0"."""
     return torch.__version__.split("+")[0]
+
+
+def flash_override() -> str | None:
+    """Which implementation has taken the place of torch's own flash kernels, or None: "FA3", "FA4".
+
+    ``torch.nn.attention.activate_flash_attention_impl`` sets that for the whole process, at any time.
+    """
+    return current_flash_attention_impl()
 
 
 def distribution_version(name: str) -> str | None:

@@ -56,6 +56,8 @@ class Request(NamedTuple):
     torch_deterministic: bool
     return_lse: bool
     autocast: torch.dtype | None
+    flash_override: str | None
+    """What has taken the place of torch's own flash kernels."""
 
 
 class Tensors(NamedTuple):

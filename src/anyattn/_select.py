@@ -7,6 +7,7 @@ shows, and what ``attention()`` acts on.
 from __future__ import annotations
 
 import os
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +21,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from anyattn._capability import Capability, Reason, evaluate
-from anyattn._environment import Probe, Refusal, one_line
+from anyattn._environment import Probe, Refusal, flash_override, one_line
 from anyattn._errors import InvalidArgument, UnknownBackend
 from anyattn._log import logger
 from anyattn._problem import Problem
@@ -212,13 +213,15 @@ _refusals: dict[str, tuple[Refusal, ...]] = {}
 #: What depends on the world besides ``choose``, which takes it as an argument: emptied when the world is forgotten.
 caches: list[dict[Any, Any]] = []
 _world: World | None = None
+_override: str | None = None
 
 
 def world() -> World:
-    """What is installed in this process, probed once."""
-    global _world
-    if _world is None:
-        _world = tuple((name, _probe(name)) for name in ORDER)
+    """What is installed in this process, probed once, and again when torch's own flash kernels are replaced."""
+    global _world, _override
+    override = flash_override()
+    if _world is None or override != _override:
+        _world, _override = tuple((name, _probe(name)) for name in ORDER), override
     return _world
 
 
@@ -273,6 +276,7 @@ def forget_world() -> None:
 def load(name: str) -> bool:
     """Import a backend's kernels. False, and a reason from then on, if that fails in any way."""
     global _world
+    path = list(sys.path)
     try:
         flags = get_backend(name).load()
     except (Exception, SystemExit) as error:  # kernel packages fail with AttributeError, TypeError and OSError too
@@ -280,6 +284,8 @@ def load(name: str) -> bool:
         _world = None
         logger.warning("%s is installed but does not load, so it is left out: %s", name, _broken[name])
         return False
+    finally:
+        sys.path[:] = path  # packages put folders there that shadow others' modules
     if flags:
         _learned[name], _world = flags, None
     return True

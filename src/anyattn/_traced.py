@@ -17,7 +17,8 @@ from torch import Tensor
 from anyattn import _core, _select
 from anyattn._call import Rows, Saved
 from anyattn._core import Inputs, Prepared
-from anyattn._errors import PackingError, Refused, Unsupported
+from anyattn._environment import flash_override
+from anyattn._errors import PackingError, Refused
 from anyattn._packing import Packing, build_table, host_of_table, rows_of_table
 from anyattn._request import Meta, Request, Tensors, is_block_mask
 
@@ -41,8 +42,6 @@ def attention(
 ) -> Any:
     """``attention`` in terms of traceable torch and the custom op."""
     q, k, v = t.q, t.k, t.v
-    if is_block_mask(t.mask):
-        raise Unsupported("a BlockMask cannot enter a compiled region yet: call attention outside of torch.compile")
     for p in (t.packing, t.packing_kv):
         if p is not None and p._holes is not None:
             raise PackingError(
@@ -55,6 +54,14 @@ def attention(
     swap = _SWAP.get(layout or "") if q.ndim == 4 else None
     if swap is not None:
         q, k, v = q.transpose(*swap), k.transpose(*swap), v.transpose(*swap)
+    if is_block_mask(t.mask):  # no custom op takes its function
+        from anyattn._traced_block_mask import attention as with_block_mask
+
+        t = t._replace(q=q, k=k, v=v)
+        got = with_block_mask(t, causal, window, scale, softcap, dropout, backend, deterministic, return_lse)
+        if swap is None:
+            return got
+        return (got[0].transpose(*swap), got[1]) if return_lse else got.transpose(*swap)
     grad = torch.is_grad_enabled()
     preference = _select.traced_preference
     # Comparing two packings' lengths here would make every length a guard: other keys count as of any length.
@@ -165,6 +172,7 @@ def _request(
         _meta(alibi, alibi_grad), _meta(bias, bias_grad), _meta(mask, False), dropout, layout,
         _packing_key(q, table_q, sizes_q), _packing_key(k, table_k, sizes_k), relation, backend,
         preference or _select.environment_preference(), deterministic, torch_deterministic, return_lse, None,
+        flash_override(),
     )  # fmt: skip
 
 

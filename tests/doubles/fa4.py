@@ -13,11 +13,9 @@ with a sink; window sides are None where unbounded; a length above max_seqlen is
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,32 +23,24 @@ from packaging.version import Version
 from torch import Tensor
 
 from doubles import plain
+from doubles.signatures import recorded
 
-RECORDED: dict[str, list[dict[str, Any]]] = json.loads(
-    (Path(__file__).parents[1] / "signatures" / "fa4.json").read_text()
-)
 TILE = 128
 
 
 def versions() -> list[str]:
     """Every recorded version, oldest first."""
-    return [v for entry in RECORDED["_flash_attn_bwd"] for v in entry["versions"]]
+    return recorded("fa4").versions()
 
 
 def entry(function: str, version: str) -> dict[str, Any]:
     """What is recorded of one function of one version."""
-    return next(e for e in RECORDED[function] if version in e["versions"])
+    return recorded("fa4").entry(function, version)
 
 
 def signature(function: str, version: str) -> inspect.Signature:
     """A function's signature in one version; defaults are source text."""
-    made = []
-    for name, default in entry(function, version)["parameters"]:
-        kind = inspect.Parameter.KEYWORD_ONLY if name.startswith("*") else inspect.Parameter.POSITIONAL_OR_KEYWORD
-        made.append(
-            inspect.Parameter(name.lstrip("*"), kind, default=inspect.Parameter.empty if default is None else default)
-        )
-    return inspect.Signature(made)
+    return recorded("fa4").signature(function, version)
 
 
 @dataclass
@@ -80,6 +70,10 @@ class Interface:
 
     def _at_least(self, beta: str) -> bool:
         return Version(self.version) >= Version(f"4.0.0{beta}")
+
+    def module(self) -> dict[str, Any]:
+        """What flash_attn.cute.interface holds."""
+        return {n: getattr(self, n) for n in ("_flash_attn_fwd", "_flash_attn_bwd", "maybe_contiguous")}
 
     @property
     def family(self) -> int:
@@ -152,7 +146,7 @@ class Interface:
         lse_shape = (heads, q.shape[0]) if q.ndim == 3 else (q.shape[0], heads, q.shape[1])
         assert g["lse"].shape == lse_shape
         assert g["lse"].dtype == torch.float32
-        assert g["dlse"] is None or (g["dlse"].shape, g["dlse"].dtype) == (lse_shape, torch.float32)
+        assert g.get("dlse") is None or (g.get("dlse").shape, g.get("dlse").dtype) == (lse_shape, torch.float32)
         assert q.dtype == g["out"].dtype == g["dout"].dtype, "inputs must have the same dtype"
         if not self._at_least("b30"):
             assert dim % 32 == 0, "does not compile: issues/2492"
@@ -218,7 +212,7 @@ class Interface:
         q, k, v, out, dout = (g[n].detach() for n in ("q", "k", "v", "out", "dout"))
         grads = [plain.poisoned(*x.shape, dtype=x.dtype) for x in (q, k, v)]
         dq, dk, dv = (_rows(x) for x in grads)
-        lse, dlse = _flat_lse(g["lse"].detach()), None if g["dlse"] is None else _flat_lse(g["dlse"])
+        lse, dlse = _flat_lse(g["lse"].detach()), None if g.get("dlse") is None else _flat_lse(g.get("dlse"))
         # 2 ** (x - 0) where lse is -inf: a row without keys counts for nothing, its scores being masked
         lse = lse.masked_fill(lse == -plain.INF, 0.0)
         for one, two in _pairs(g):

@@ -1,4 +1,8 @@
-"""torch's packed FlashAttention kernels (those of torch.nn.attention.varlen), through their raw op."""
+"""torch's packed FlashAttention kernels (those of torch.nn.attention.varlen), through their raw op.
+
+The public function is newer than the op: it has had windows since 2.11, GQA and used key lengths since 2.12, and no
+dropout. ``_aten_flash`` says what the op takes, and why it is not given used key lengths.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ CAPABILITIES = (
     Capability(
         families=(8, 9, 10, 11, 12),
         dtypes=("float16", "bfloat16"),
-        head_dims=HeadDims(maximum=256, multiple_of=8),
+        head_dims=HeadDims(maximum=256, multiple_of=8, pads=True, equal=True),
         features={
             "packed": ALWAYS,
             "gaps": ALWAYS,
@@ -26,19 +30,23 @@ CAPABILITIES = (
             "window": ALWAYS,
             "bottom_right": ALWAYS,
             "gqa": ALWAYS,
+            "unequal_head_dims": ALWAYS,
+            "dropout": ALWAYS,
             "deterministic": ALWAYS,
         },
         writes_gaps=True,
+        ignores_gaps=True,
         reads_torch_flag=True,
-        rows=(_aten_flash.OPEN_RIGHT,),
+        rows=_aten_flash.ROWS,
     ),
 )
 
 
 def probe() -> Probe:
-    """Torch itself, where it was built for CUDA."""
+    """Torch itself, where it was built for CUDA, and what is in the place of its flash kernels."""
     built = torch.backends.cuda.is_built() and torch.backends.cuda.is_flash_attention_available()
-    return Probe(torch_version(), "" if built else "this build of torch has no CUDA FlashAttention")
+    found = Probe(torch_version(), "" if built else "this build of torch has no CUDA FlashAttention")
+    return _aten_flash.with_override(found)
 
 
 def load() -> None:

@@ -1,0 +1,187 @@
+"""The measured parts of the documentation, from the newest files of ``benchmarks/results`` and nothing else.
+
+The benchmarks name their rows "<what>, <kernel>" (``benchmarks/gpu.py``); each kernel is shown from the newest file
+that has rows of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from anyattn.backends import ORDER
+from tables import aligned, kernels, markdown, package
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+def labels(name: str) -> list[str]:
+    """What rows of a backend may end with: its kernels, or its own name."""
+    return list(dict.fromkeys([*(kernel for kernel, _ in kernels(name)), name]))
+
+
+class Figures:
+    """The newest rows of one kernel, and where they come from."""
+
+    def __init__(self, kernel: str, path: Path, content: dict[str, Any]) -> None:
+        self.kernel, self.path, self.machine, self.date = kernel, path, content["machine"], content["date"]
+        self.rows = [row for row in content["rows"] if is_of(row, kernel)]
+
+    def pick(self, pattern: str, **equal: str) -> list[tuple[re.Match[str], dict[str, Any]]]:
+        """Rows whose name, without the kernel's, matches, with these values."""
+        found = []
+        for row in self.rows:
+            match = re.fullmatch(pattern, row["name"].removesuffix(f", {self.kernel}"))
+            if match and all(row[key] == value for key, value in equal.items()):
+                found.append((match, row))
+        return found
+
+
+def is_of(row: dict[str, Any], kernel: str) -> bool:
+    """Whether a row of a benchmark speaks of a kernel."""
+    return bool(row["name"].endswith(f", {kernel}"))
+
+
+@cache
+def _results(kind: str) -> tuple[tuple[Path, dict[str, Any]], ...]:
+    """Every file of a kind of benchmark, newest first."""
+    paths = sorted(RESULTS.glob(f"*-{kind}*.json"), key=lambda p: (p.name[:10], len(p.name)), reverse=True)
+    return tuple((path, json.loads(path.read_text("utf-8"))) for path in paths)
+
+
+def newest(kernel: str) -> Figures | None:
+    """The newest figures of a kernel on a GPU."""
+    for path, content in _results("gpu"):
+        if any(is_of(row, kernel) for row in content["rows"]):
+            return Figures(kernel, path, content)
+    return None
+
+
+def ratio(row: dict[str, Any]) -> str:
+    """Ours over theirs, to two digits."""
+    return f"{row['ours'] / row['theirs']:.2f}"
+
+
+def measured(name: str) -> str:
+    """Figures of each kernel, newest first, and how its tests ended on that machine."""
+    found = [(kernel, got) for kernel in labels(name) if (got := newest(kernel)) is not None]
+    if not found:
+        return "No figures are on file."
+    sections = []
+    for kernel, got in found:
+        lines = [f"**{kernel}**, {provenance(name, got)}."] if len(labels(name)) > 1 else [provenance(name, got) + "."]
+        sections += lines + [table for make in (_throughput, _gaps, _host, _others) if (table := make(got))]
+    return "\n\n".join(sections + list(_outcomes(name)))
+
+
+def provenance(name: str, got: Figures) -> str:
+    """Hardware, versions, date and file."""
+    machine = got.machine
+    version = machine["backends"].get(name, "")
+    words = f"{machine['gpu']}, torch {machine['torch']}"
+    if version and not machine["torch"].startswith(version):
+        words += f", {package(name)} {version}"
+    if "cudnn" in machine:
+        words += f", cuDNN {machine['cudnn'] // 10000}.{machine['cudnn'] // 100 % 100}"
+    return f"{words}, {got.date} ([file](../../benchmarks/results/{got.path.name}))"
+
+
+def _throughput(got: Figures) -> str:
+    cells: dict[str, dict[str, str]] = {}
+    for match, row in got.pick(r"(forward|backward|forward and backward), (.*)", unit="TFLOP/s"):
+        cells.setdefault(match[2], {})[match[1]] = f"{row['ours']:.0f} ({ratio(row)})"
+    ways = [w for w in ("forward", "backward", "forward and backward") if any(w in c for c in cells.values())]
+    rows = [("TFLOP/s, and over those of the raw kernel", *ways)]
+    rows += [(what, *(c.get(way, "") for way in ways)) for what, c in cells.items()]
+    return markdown(rows) if cells else ""
+
+
+def _gaps(got: Figures) -> str:
+    cells: dict[str, dict[str, str]] = {}
+    for match, row in got.pick(r"(forward|backward), (.*), (\d+% gaps)", against="the raw kernel, compact"):
+        cells.setdefault(match[2], {})[f"{match[1]}, {match[3]}"] = ratio(row)
+    heads = list(dict.fromkeys(head for c in cells.values() for head in c))
+    rows = [("speed with gaps, over the raw kernel's without", *heads)]
+    rows += [(what, *(c.get(head, "") for head in heads)) for what, c in cells.items()]
+    return markdown(rows) if cells else ""
+
+
+def _host(got: Figures) -> str:
+    rows = [("host time, microseconds", "here", "there", "compared with")]
+    for match, row in got.pick(r"host time(?: with gradients)?, (.*)", unit="us"):
+        rows.append((match[1], f"{row['ours']:.0f}", f"{row['theirs']:.0f}", row["against"]))
+    return markdown(rows) if len(rows) > 1 else ""
+
+
+def _others(got: Figures) -> str:
+    lines = []
+    for match, row in got.pick(r"(peak memory, .*)", unit="MiB"):
+        lines.append(f"- {match[1]}: {row['ours']:.0f} MiB, {ratio(row)} of {row['against']}'.")
+    waits = got.pick(r"waits for the device, (.*)", unit="waits")
+    if waits:
+        some = [match[1] for match, row in waits if row["ours"]]
+        lines.append(f"- Calls that wait for the device: {'; '.join(some) or 'none'}.")
+    return "\n".join(lines)
+
+
+def _outcomes(name: str) -> Iterator[str]:
+    """How the tests of the newest run on a GPU ended."""
+    for path, content in _results("tests"):
+        counts = [
+            f"`{kernel}` " + ", ".join(f"{n} {outcome}" for outcome, n in found.items())
+            for kernel in labels(name)
+            if (found := outcomes(content, kernel))
+        ]
+        if counts:
+            link = f"[file](../../benchmarks/results/{path.name})"
+            yield f"Tests on that kind of GPU, {content['date']} ({link}): {'; '.join(counts)}."
+            return
+
+
+def outcomes(content: dict[str, Any], kernel: str) -> dict[str, int]:
+    """How many tests of a kernel passed, were skipped and failed."""
+    return {key.rpartition(": ")[2]: n for key, n in content["kernels"].items() if key.startswith(f"{kernel}: ")}
+
+
+def speed() -> str:
+    """Each kernel against itself called directly: the range over all shapes."""
+    rows = [("kernel", "forward", "backward", "with 10% gaps", "peak memory", "tiny packed or dense call, us of host")]
+    sources: dict[Path, str] = {}
+    for name in ORDER:
+        for kernel in labels(name):
+            if (got := newest(kernel)) is not None:
+                rows.append((f"`{kernel}`", *_ranges(got)))
+                words = f"{got.machine['gpu']}, torch {got.machine['torch']}, {got.date}"
+                sources[got.path] = f"[{words}](benchmarks/results/{got.path.name})"
+    source = f"On an {'; '.join(sources.values())}."
+    for path, content in _results("host"):
+        tiny = [r for r in content["rows"] if r["against"] == "F.scaled_dot_product_attention"]
+        if tiny:
+            source += (
+                f"\nOn the CPU a tiny call costs {ratio(tiny[0])} times `F.scaled_dot_product_attention`"
+                f" ([host](benchmarks/results/{path.name}))."
+            )
+            break
+    return f"{aligned(rows)}\n\n{source}"
+
+
+def _ranges(got: Figures) -> tuple[str, ...]:
+    def span(rows: list[tuple[re.Match[str], dict[str, Any]]]) -> str:
+        values = sorted(r["ours"] / r["theirs"] for _, r in rows if r["theirs"])
+        return "" if not values else " to ".join(dict.fromkeys((f"{values[0]:.2f}", f"{values[-1]:.2f}")))
+
+    def way(name: str) -> str:
+        return span(got.pick(rf"{name}, .*", unit="TFLOP/s"))
+
+    host = got.pick(r"host time, tiny (?:packed |dense )?call", against="its raw entry point")
+    return (
+        way("forward"),
+        way("backward") or (f"with forward {both}" if (both := way("forward and backward")) else ""),
+        span(got.pick(r"(?:forward|backward), .*, 10% gaps", against="the raw kernel, compact")),
+        span(got.pick(r"peak memory, .*")),
+        "".join(f"{r['ours']:.0f}, raw {r['theirs']:.0f}" for _, r in host[:1]),
+    )

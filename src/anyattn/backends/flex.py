@@ -1,0 +1,290 @@
+"""FlexAttention (torch.nn.attention.flex_attention): any mask, any bias, through a compiler.
+
+Each kind of call is compiled at its first use: seconds on CUDA, and again in the first backward. Packed documents,
+causality and windows become block masks, made once per packing from its offsets. FlexAttention gives gradients through
+autograd only: forward keeps the graph that it made, and backward runs it; where there is none, backward first repeats
+forward. Only the compiled kernel ever runs: the unfused one keeps all scores in memory.
+
+The CPU kernel has no lse, no gradient, and is compiled for each shape anew: it is the last choice.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn._call import Call, Gradients, Result, Saved
+from anyattn._capability import ALWAYS, Capability, HeadDims, Reason, Row
+from anyattn._environment import Probe, module_exists, one_line, torch_version
+from anyattn._errors import Refused
+from anyattn._problem import Problem
+from anyattn.backends._flex_call import entries_of, run_of
+from anyattn.backends._flex_compiled import compiled, kernel_options
+from anyattn.backends._flex_tiles import shrink, tile_options
+
+NAME = "flex"
+TITLE = "FlexAttention, torch's compiler for any mask"
+INSTALL = "pip install torch"
+NEWEST = "2.13.0"
+#: torch.compile traces it with a BlockMask, whose function no custom op takes.
+TRACES_BLOCK_MASKS = True
+
+_ISSUES = "https://github.com/pytorch/pytorch/issues"
+_FEATURES = (
+    "dense", "packed", "gaps", "causal", "window", "bottom_right", "top_left", "gqa", "unequal_head_dims", "softcap",
+    "alibi", "alibi_per_sequence", "bias", "mask", "block_mask", "nonpositive_scale",
+)  # fmt: skip
+
+
+def _any(p: Problem) -> bool:
+    return True
+
+
+_ROWS = (
+    Row(
+        _any,
+        Reason("installation", "Triton", "no triton package", "pip install triton, or a CUDA build of torch"),
+        flag="no_triton",
+    ),
+    Row(
+        # Its gradient is summed over rows, heads and entries by atomic additions, in any order.
+        lambda p: p.deterministic and p.bias_grad,
+        Reason(
+            "a deterministic gradient of bias", "a kernel that sums it in one order", "atomic additions",
+            "detach bias, or choose another backend",
+        ),
+        direction="backward",
+    ),
+    Row(
+        lambda p: p.arch in (86, 89, 120) and max(p.head_dim, p.head_dim_v) > 128,
+        Reason(
+            "head_dim", "at most 128 on sm86, sm89 and sm120, by their shared memory", "more",
+            "choose another backend", link=f"{_ISSUES}/180278",
+        ),
+    ),
+)  # fmt: skip
+_CPU_ROWS = (
+    Row(
+        _any,
+        Reason("installation", "a C++ compiler", "none found", "install g++, or set CXX to a compiler"),
+        flag="no_compiler",
+    ),
+    Row(
+        _any,
+        Reason("installation", "an x86 CPU with AVX2, on Linux", "another", "choose another backend"),
+        flag="no_avx2",
+    ),
+    Row(
+        lambda p: p.return_lse or p.sink is not None,
+        Reason("lse, or a sink, which needs it", "a kernel that gives lse", "one without", "use a GPU, or do without"),
+    ),
+)
+
+CAPABILITIES = (
+    Capability(
+        kernel="cuda",
+        families=(8, 9, 10, 11, 12),
+        dtypes=("float16", "bfloat16", "float32"),
+        head_dims=HeadDims(maximum=256),
+        features=dict.fromkeys((*_FEATURES, "bias_grad", "deterministic"), ALWAYS),
+        lse_grad="native",
+        rows=_ROWS,
+    ),
+    Capability(
+        kernel="cpu",
+        families=(0,),
+        dtypes=("float16", "bfloat16", "float32"),
+        head_dims=HeadDims(maximum=1 << 20),
+        features=dict.fromkeys(_FEATURES, ALWAYS),
+        backward_families=(),
+        rank=1,
+        rows=_CPU_ROWS,
+    ),
+)
+
+
+# --- what is here ---
+
+
+def probe() -> Probe:
+    """Torch itself, with what its compiler needs beside it."""
+    flags = set()
+    if not module_exists("triton"):
+        flags.add("no_triton")
+    if shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")) is None:
+        flags.add("no_compiler")
+    if sys.platform == "darwin" or platform.machine() not in ("x86_64", "AMD64") or not _avx2():
+        flags.add("no_avx2")
+    return Probe(torch_version(), flags=frozenset(flags))
+
+
+def _avx2() -> bool:
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+_options: tuple[tuple[str, Any], ...] = ()
+
+
+def load() -> None:
+    """Import FlexAttention, and with it torch's compiler."""
+    global _options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch deprecates of itself
+        importlib.import_module("torch._inductor.compile_fx")
+    _options = kernel_options()
+
+
+# --- the contract ---
+
+
+class _Held:
+    """A forward's graph, for one backward. Tensors are (B, S, H, D), and lse (B, H, S)."""
+
+    def __init__(self, out: Tensor, lse: Tensor, leaves: tuple[Tensor, ...]) -> None:
+        self.out, self.lse, self.leaves = out, lse, leaves
+        self.returned: Tensor | None = None
+        """lse as forward returned it."""
+        self.used = False
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd on, also within a custom op, whose dispatch leaves it out."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    if not excluded.has(_AUTOGRAD[0]):
+        with torch.enable_grad():
+            yield
+        return
+    for key in _AUTOGRAD:
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
+_AUTOGRAD = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
+
+
+def _compiled_call(call: Call, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> Any:
+    """(out, lse or None) from (B, S, H, D)."""
+    run = run_of(call, lse, (*_options, *tile_options(call)) if q.is_cuda else ())
+    function = compiled(run.kind, q, k, v, run.own, torch.is_grad_enabled())
+    try:
+        return function(q, k, v, run.terms, run.tables, run.own)
+    except Exception as error:
+        if not _does_not_compile(error):
+            raise
+        if not shrink("fwd", call, error):
+            raise Refused(f"it does not compile: {one_line(getattr(error, 'inner_exception', error))}") from error
+    return _compiled_call(call, q, k, v, lse)
+
+
+def _does_not_compile(error: Exception) -> bool:
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def _enter(call: Call) -> list[Tensor]:
+    """q, k and v without autograd, as (B, S, H, D)."""
+    tensors = [x.detach() for x in (call.q, call.k, call.v)]
+    return tensors if call.rows_q is None else [_unflattened(call, x) for x in tensors]
+
+
+def _unflattened(call: Call, x: Tensor) -> Tensor:
+    entries = entries_of(call)
+    shaped: Tensor = x.unflatten(0, (entries, x.shape[0] // entries))
+    return shaped
+
+
+def _leave(call: Call, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) as the call has them."""
+    out = out.detach()
+    lse = None if lse is None else lse.detach()
+    if call.rows_q is None:
+        return out, lse
+    return out.flatten(0, 1), None if lse is None else lse.transpose(0, 1).flatten(1, 2)
+
+
+def _with_graph(call: Call) -> _Held:
+    """Forward on leaves of its own. Bias enters in float32: its gradient is a sum over all that it is broadcast to."""
+    with _recording():
+        leaves = [x.requires_grad_() for x in _enter(call)]
+        bias = None if call.bias is None else call.bias.detach()
+        if bias is not None and call.spec.bias_grad:
+            bias = bias.float().requires_grad_()
+            leaves.append(bias)
+        out, lse = _compiled_call(call._replace(bias=bias), leaves[0], leaves[1], leaves[2], True)
+    return _Held(out, lse, tuple(leaves))
+
+
+def forward(call: Call) -> Result:
+    """See ``Backend.forward``."""
+    if call.spec.needs_backward:
+        held = _with_graph(call)
+        out, held.returned = _leave(call, held.out, held.lse)
+        return Result(out, held.returned, held=held)
+    bias = None if call.bias is None else call.bias.detach()
+    with torch.no_grad():
+        q, k, v = _enter(call)
+        out, lse = _compiled_call(call._replace(bias=bias), q, k, v, call.spec.need_lse)
+        return Result(*_leave(call, out, lse))
+
+
+def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:
+    """See ``Backend.backward``."""
+    try:
+        return _backward(call, saved, dout, dlse)
+    except Exception as error:  # the compiler gets to a backward when it first runs
+        if not (_does_not_compile(error) and shrink("bwd", call, error)):
+            raise
+    return _backward(call, saved._replace(held=None), dout, dlse)
+
+
+def _backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:
+    held: _Held | None = saved.held
+    if held is None or held.used:
+        held = _with_graph(call)
+    held.used = True
+    final = held.returned is not None and held.returned.data_ptr() == saved.lse.data_ptr()
+    if call.rows_q is not None:
+        saved = saved._replace(out=_unflattened(call, saved.out), lse=_lse_unflattened(call, saved.lse))
+        dout, dlse = _unflattened(call, dout), None if dlse is None else _lse_unflattened(call, dlse)
+    if not final:
+        dout, dlse = _as_of_own(held, saved, dout, dlse)
+    outputs, incoming = [held.out], [dout.to(held.out.dtype)]
+    if dlse is not None:
+        outputs.append(held.lse)
+        incoming.append(dlse)
+    found = list(torch.autograd.grad(outputs, held.leaves, incoming))
+    if call.rows_q is not None:
+        found[:3] = [x.flatten(0, 1) for x in found[:3]]
+    dbias = found[3].to(call.bias.dtype) if call.bias is not None and call.spec.bias_grad else None
+    return Gradients(found[0], found[1], found[2], dbias)
+
+
+def _lse_unflattened(call: Call, lse: Tensor) -> Tensor:
+    """(H, T) to (B, H, S)."""
+    shaped: Tensor = lse.unflatten(1, (entries_of(call), -1))
+    return shaped.transpose(0, 1)
+
+
+def _as_of_own(held: _Held, saved: Saved, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of the kernel's own out and lse that say what dout and dlse say of the final ones.
+
+    A backward uses p = exp(score - lse) and delta = rowsum(dout * out) - dlse. With r = exp(own lse - final lse), the
+    final p is r times the own one: so dout becomes r * dout, and dlse what makes delta r times the final delta.
+    """
+    ratio = torch.exp(held.lse.detach() - saved.lse).nan_to_num_(0.0)  # -inf - -inf: nothing is seen
+    own = (dout * ratio.transpose(1, 2).unsqueeze(-1)).to(dout.dtype)
+    delta = (dout.float() * saved.out.float()).sum(-1).transpose(1, 2)
+    if dlse is not None:
+        delta = delta - dlse
+    return own, (own.float() * held.out.detach().float()).sum(-1).transpose(1, 2) - ratio * delta

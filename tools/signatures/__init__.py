@@ -1,0 +1,1 @@
+"""Reads signatures off published sources and binaries, importing none of them."""
