@@ -75,6 +75,30 @@ def parts(name: str) -> dict[str, Callable[[], str]]:
     return {f"{name}-{part}": partial(make, name) for part, make in makers.items()}
 
 
+#: The headings of a page, each with the part below it.
+HEADINGS = {
+    "## What it takes": "support",
+    "### Rules and known defects": "rules",
+    "### What versions bring": "versions",
+    "## Conventions, and what becomes of them here": "",
+    "## Reading `explain`": "explain",
+    "## Measured": "measured",
+}
+
+
+def skeleton(name: str) -> str:
+    """A page with markers and without prose."""
+    found = [f"# {name}: {get(name).TITLE}", _empty(f"{name}-facts")]
+    for heading, part in HEADINGS.items():
+        marker = f"{name}-{part}"
+        found += [heading, _empty(marker)] if marker in parts(name) else [heading] if not part else []
+    return "\n\n".join(found) + "\n"
+
+
+def _empty(marker: str) -> str:
+    return f"<!-- {marker} -->\n<!-- /{marker} -->"
+
+
 # --- facts and versions --------------------------------------------------------------------------------------------
 
 
@@ -170,7 +194,7 @@ def support(name: str) -> str:
             missing.append(row.title)
         else:
             rows.append([row.title, *cells])
-    return markdown(rows) + (f"\n\nNot here: {', '.join(missing)}." if missing else "")
+    return markdown(rows) + ("\n\n" + textwrap.fill(f"Not here: {', '.join(missing)}.", 120) if missing else "")
 
 
 def rules(name: str) -> str:
@@ -243,12 +267,13 @@ def table_of_backends(folder: str) -> str:
 
 def matrix() -> str:
     """Features x backends: what the best kernel of each does on a GPU, in the newest version."""
-    rows = [["", *(f"`{name}`" for name in ORDER)]]
-    rows.append(["GPUs", *(_gpus(name) for name in ORDER)])
-    rows.append(["head_dim to", *(_widest(name) for name in ORDER)])
+    names = [name for name in ORDER if _gpu_kernels(name)]
+    rows = [["", *(f"`{name}`" for name in names)]]
+    rows.append(["GPUs", *(_gpus(name) for name in names)])
+    rows.append(["head_dim to", *(_widest(name) for name in names)])
     everywhere = []
     for feature, title in FEATURE_NAMES.items():
-        cells = [_cell(name, feature) for name in ORDER]
+        cells = [_cell(name, feature) for name in names]
         if feature in FROM_CORE or set(cells) == {"yes"}:
             everywhere.append(title)
         elif feature not in LEFT_OUT:
@@ -274,8 +299,6 @@ def _gpu_kernels(name: str) -> list[Capability]:
 
 def _gpus(name: str) -> str:
     families = sorted({f for c in _gpu_kernels(name) for f in c.families if f})
-    if not families:
-        return ""
     if families == list(range(families[0], 13)):
         return f"{FAMILY_NAMES[families[0]]}+"
     return "sm" + ", ".join(FAMILY_NAMES[f].removeprefix("sm") for f in families)

@@ -30,6 +30,7 @@ class Figures:
     def __init__(self, kernel: str, path: Path, content: dict[str, Any]) -> None:
         self.kernel, self.path, self.machine, self.date = kernel, path, content["machine"], content["date"]
         self.rows = [row for row in content["rows"] if is_of(row, kernel)]
+        self.left_out = [x for x in content.get("left_out", ()) if x["what"].endswith(f", {kernel}")]
 
     def pick(self, pattern: str, **equal: str) -> list[tuple[re.Match[str], dict[str, Any]]]:
         """Rows whose name, without the kernel's, matches, with these values."""
@@ -125,6 +126,10 @@ def _others(got: Figures) -> str:
     if waits:
         some = [match[1] for match, row in waits if row["ours"]]
         lines.append(f"- Calls that wait for the device: {'; '.join(some) or 'none'}.")
+    for item in got.left_out:
+        lines.append(
+            f"- Not measured: {item['what'].removesuffix(f', {got.kernel}')} ({item['because']}): {item['why']}."
+        )
     return "\n".join(lines)
 
 
@@ -147,41 +152,62 @@ def outcomes(content: dict[str, Any], kernel: str) -> dict[str, int]:
     return {key.rpartition(": ")[2]: n for key, n in content["kernels"].items() if key.startswith(f"{kernel}: ")}
 
 
+MEASURES = ("forward", "backward", "with 10% of padding", "peak memory")
+
+
+def ratios(got: Figures) -> dict[str, list[float]]:
+    """Ours over the raw kernel's, over all shapes: speeds, and memory."""
+    found = {
+        "forward": got.pick(r"forward, .*", unit="TFLOP/s"),
+        "backward": got.pick(r"(?:forward and )?backward, .*", unit="TFLOP/s"),
+        "with 10% of padding": got.pick(r"(?:forward|backward), .*, 10% gaps", against="the raw kernel, compact"),
+        "peak memory": got.pick(r"peak memory, .*"),
+    }
+    return {what: [r["ours"] / r["theirs"] for _, r in rows if r["theirs"]] for what, rows in found.items()}
+
+
+def _all_newest() -> list[Figures]:
+    return [got for name in ORDER for kernel in labels(name) if (got := newest(kernel)) is not None]
+
+
 def speed() -> str:
     """Each kernel against itself called directly: the range over all shapes."""
-    rows = [("kernel", "forward", "backward", "with 10% gaps", "peak memory", "tiny packed or dense call, us of host")]
+    rows = [("kernel", *MEASURES, "host time of a tiny call, us")]
     sources: dict[Path, str] = {}
-    for name in ORDER:
-        for kernel in labels(name):
-            if (got := newest(kernel)) is not None:
-                rows.append((f"`{kernel}`", *_ranges(got)))
-                words = f"{got.machine['gpu']}, torch {got.machine['torch']}, {got.date}"
-                sources[got.path] = f"[{words}](benchmarks/results/{got.path.name})"
-    source = f"On an {'; '.join(sources.values())}."
-    for path, content in _results("host"):
-        tiny = [r for r in content["rows"] if r["against"] == "F.scaled_dot_product_attention"]
-        if tiny:
-            source += (
-                f"\nOn the CPU a tiny call costs {ratio(tiny[0])} times `F.scaled_dot_product_attention`"
-                f" ([host](benchmarks/results/{path.name}))."
-            )
-            break
-    return f"{aligned(rows)}\n\n{source}"
+    for got in _all_newest():
+        spans = [
+            " to ".join(dict.fromkeys(f"{x:.2f}" for x in (min(v), max(v)))) if v else "" for v in ratios(got).values()
+        ]
+        host = got.pick(r"host time, tiny (?:packed |dense )?call", against="its raw entry point")
+        rows.append(
+            (f"`{got.kernel}`", *spans, "".join(f"{r['ours']:.0f}, raw {r['theirs']:.0f}" for _, r in host[:1]))
+        )
+        words = f"{got.machine['gpu']}, torch {got.machine['torch']}, {got.date}"
+        sources[got.path] = f"[{words}](../../benchmarks/results/{got.path.name})"
+    return f"{aligned(rows)}\n\n{'; '.join(sources.values())}."
 
 
-def _ranges(got: Figures) -> tuple[str, ...]:
-    def span(rows: list[tuple[re.Match[str], dict[str, Any]]]) -> str:
-        values = sorted(r["ours"] / r["theirs"] for _, r in rows if r["theirs"])
-        return "" if not values else " to ".join(dict.fromkeys((f"{values[0]:.2f}", f"{values[-1]:.2f}")))
-
-    def way(name: str) -> str:
-        return span(got.pick(rf"{name}, .*", unit="TFLOP/s"))
-
-    host = got.pick(r"host time, tiny (?:packed |dense )?call", against="its raw entry point")
-    return (
-        way("forward"),
-        way("backward") or (f"with forward {both}" if (both := way("forward and backward")) else ""),
-        span(got.pick(r"(?:forward|backward), .*, 10% gaps", against="the raw kernel, compact")),
-        span(got.pick(r"peak memory, .*")),
-        "".join(f"{r['ours']:.0f}, raw {r['theirs']:.0f}" for _, r in host[:1]),
+def speed_summary() -> str:
+    """The same over all kernels, the worst of them named."""
+    lines = []
+    for what in MEASURES:
+        found = sorted((x, got.kernel) for got in _all_newest() for x in ratios(got)[what])
+        if found:
+            (low, slowest), (high, largest) = found[0], found[-1]
+            worst = (slowest, "") if what != "peak memory" else ("", largest)
+            ends = [f"{x:.2f}" + (f" (`{k}`)" if k else "") for x, k in zip((low, high), worst, strict=True)]
+            lines.append(f"- {what}: {ends[0]} to {ends[1]}" if low != high else f"- {what}: {low:.2f}")
+    machines = sorted(
+        {f"{got.machine['gpu']}, torch {got.machine['torch'].partition('+')[0]}" for got in _all_newest()}
     )
+    head = f"On one {'; '.join(machines)}, kernels: {len(_all_newest())}. Over all shapes:"
+    return "\n".join([head, "", *lines, *_tiny_on_the_cpu()])
+
+
+def _tiny_on_the_cpu() -> Iterator[str]:
+    for path, content in _results("host"):
+        for row in content["rows"]:
+            if row["against"] == "F.scaled_dot_product_attention":
+                link = f"[host](benchmarks/results/{path.name})"
+                yield f"- a tiny call on the CPU: {ratio(row)} times as long as `{row['against']}` ({link})"
+                return

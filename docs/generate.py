@@ -143,15 +143,17 @@ def sanitize() -> str:
     able = [(kernel, c) for name in ORDER for kernel, c in kernels(name) if "gaps" in c.features]
     free = ", ".join(f"`{kernel}`" for kernel, c in able if c.ignores_gaps)
     others = ", ".join(f"`{kernel}`" for kernel, c in able if not c.ignores_gaps)
-    return textwrap.fill(
-        f"It costs nothing with {free}, which read no padding, and a pass over each tensor with {others}.", 120
+    told = (
+        f"It costs nothing with {free}, whose valid rows padding does not reach, and a pass over q, k, v with {others}."
     )
+    return textwrap.fill(told, 120)
 
 
 PARTS: dict[str, Callable[[], str]] = {
     "support": _support.markdown_table,
     "matrix": backend_pages.matrix,
     "speed": figures.speed,
+    "speed-summary": figures.speed_summary,
     "backends": partial(backend_pages.table_of_backends, ""),
     "sanitize": sanitize,
     "tree": tree,
@@ -182,11 +184,24 @@ def stale() -> list[Path]:
     return [page for page in pages() if (text := page.read_text("utf-8")) != regenerate(text)]
 
 
+def begin_pages() -> list[Path]:
+    """Write the pages of backends that have none, without prose."""
+    begun = []
+    for name in ORDER:
+        page = ROOT / "docs" / "backends" / f"{name}.md"
+        if not page.exists():
+            page.write_text(backend_pages.skeleton(name), "utf-8")
+            begun.append(page)
+    return begun
+
+
 def main() -> int:
     """Write, or check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a part is not current")
     check = parser.parse_args().check
+    if not check:
+        begin_pages()
     found = stale()
     for page in found:
         if not check:

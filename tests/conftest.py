@@ -121,11 +121,10 @@ def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]
 
 
 def forget_prepared() -> None:
-    """Empty the cache of prepared calls."""
-    from anyattn import _api
+    """Empty the caches of prepared calls."""
+    from anyattn import _select
 
-    cache = getattr(_api, "_prepared", None)
-    if cache is not None:
+    for cache in _select.caches:
         cache.clear()
 
 

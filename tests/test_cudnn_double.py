@@ -180,7 +180,8 @@ def test_a_model_that_generates_builds_no_graph_for_each_token(frontend: double.
         expected, expected_lse = anyattn.attention(q, k, v, causal=True, backend="reference", return_lse=True)
         torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
-    assert len(frontend.built) == 2  # up to 160 keys, and up to 192
+        assert torch.equal(anyattn.attention(q, k, v, causal=True, backend="cudnn"), out)
+    assert len(frontend.built) == 4  # up to 160 keys, and up to 192; with lse, and without
 
 
 def test_sizes_of_graphs_are_few_and_close() -> None:

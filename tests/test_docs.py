@@ -1,9 +1,15 @@
-"""The examples in docstrings run."""
+"""The examples in docstrings run, and what docs/adding-a-backend.md tells to do works."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +18,7 @@ import torch
 import anyattn
 
 SOURCE = Path(anyattn.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 #: Modules that need nothing but torch.
 PLAIN = sorted(
     ".".join(["anyattn", *f.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
@@ -35,3 +42,68 @@ def test_docstring_examples(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in anyattn.__all__ if callable(getattr(anyattn, n)) and n[0].islower()])
 def test_every_public_function_has_an_example(name: str) -> None:
     assert ">>>" in (getattr(anyattn, name).__doc__ or ""), f"{name} shows no example"
+
+
+# --- docs/adding-a-backend.md --------------------------------------------------------------------------------------
+
+#: The generated tests of the toy, without collecting those of every other kernel.
+TESTS_OF_THE_TOY = """
+import cases, test_conformance
+target = next(t for t in cases.targets("cpu") if t.name == "toy")
+found = cases.pairwise(target)
+for case in found:
+    test_conformance.test_same_answer(case)
+test_conformance.test_every_declared_feature_is_tested(target)
+print(len(found))
+"""
+
+
+class Clone:
+    """A copy of the sources, in which a page is followed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("src", "tests", "docs", "benchmarks"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml"):
+            shutil.copy(ROOT / file, folder)
+
+    def run(self, *command: str) -> str:
+        """What a command prints; it must succeed."""
+        path = os.pathsep.join(str(self.folder / name) for name in ("src", "tests"))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def python(self, code: str) -> str:
+        """What a piece of Python prints."""
+        return self.run(sys.executable, "-c", code)
+
+
+def test_the_page_about_adding_a_backend_works(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "adding-a-backend.md").read_text("utf-8")
+    clone = Clone(tmp_path)
+
+    code, example = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    file = re.findall(r"^`(src/\S+)`:$", page, re.MULTILINE)[0]
+    (clone.folder / file).write_text(code, "utf-8")
+    order, shown = re.findall(r"^\$ (sed .*|\.venv/bin/python -c .*\n.*)$", page, re.MULTILINE)
+    clone.run(*shlex.split(order))
+    command, printed = shown.split("\n")
+    got = clone.run(sys.executable, *shlex.split(command)[1:])
+    assert got.split()[0] == printed.split()[0] == "toy"
+    assert got.split()[2:] == printed.split()[2:]  # between them is torch's version
+
+    ran, refused = clone.python(example).split("\nNo backend takes ")
+    assert ran.startswith("toy ")
+    assert "head_dim 20 is padded with zeros to 24" in ran
+    assert "toy        rejected  softcap" in refused
+
+    assert int(clone.python(TESTS_OF_THE_TOY)) > 10
+
+    clone.run(sys.executable, "docs/generate.py")
+    clone.run(sys.executable, "docs/generate.py", "--check")
+    written = (clone.folder / "docs" / "backends" / "toy.md").read_text("utf-8")
+    assert "| heads | at most 64 | all |" in written
+    assert "toy" in (clone.folder / "docs" / "support.md").read_text("utf-8")

@@ -93,3 +93,27 @@ def test_nothing_pretended_stays() -> None:
     assert _environment.arch_of(q.device) == 0
     with pytest.raises(NotImplementedError):
         torch.ops.aten._flash_attention_forward(q, q, q, None, None, 4, 4, 0.0, False, False)
+
+
+# --- queries long before the first key -----------------------------------------------------------------------------
+
+
+@pytest.mark.needs("packed", "window")
+@pytest.mark.parametrize("window", [(4, None), (None, 3), (3, 5), (40, 3), (2, 40)])
+def test_windows_of_queries_long_before_the_first_key(target: Target, window: tuple[int | None, int | None]) -> None:
+    """A kernel that takes the longest key length for unbounded, or the other way round, shows or hides keys."""
+    queries, keys = (anyattn.Packing.from_lengths(x, device=target.device) for x in ([30, 6, 5], [4, 2, 5]))
+    dtype = cases.DTYPES["bfloat16" if "bfloat16" in target.capability.dtypes else "float32"]
+    shapes = [(p.rows, 2, 64) for p in (queries, keys, keys)]
+    inputs = [torch.randn(shape, dtype=dtype, device=target.device, requires_grad=True) for shape in shapes]
+    arguments = {"window": window, "packing": queries, "packing_kv": keys, "return_lse": True}
+    if anyattn.explain(*inputs, backend=target.name, **arguments).chosen is None:
+        pytest.skip(f"{target.name} does not take it")
+    found, exact = [], [x.detach().double().requires_grad_() for x in inputs]
+    for given, backend in ((inputs, target.name), (exact, "reference")):
+        out, lse = anyattn.attention(*given, backend=backend, **arguments)
+        grads = torch.autograd.grad(out.sum(), given)
+        found.append([x.detach().double() for x in (out, lse, *grads)])
+    assert torch.equal(found[0][1] == float("-inf"), found[1][1] == float("-inf"))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, atol=5e-2, rtol=2e-2)

@@ -101,7 +101,7 @@ def test_builds_that_lack_something(without: tuple[str, ...]) -> None:
         ),
         ("3.0.0", (), {"scores": "alibi"}, "ALiBi"),
         ("3.0.0", (), {"scores": "bias"}, "an additive bias"),
-        ("3.0.0", (), {"dtype": "float32"}, "float16 or bfloat16"),
+        ("3.0.0", (), {"dtype": "float32"}, "dtype:"),
         ("3.0.0", (), {"mask": "top_left", "relation": "any"}, "top-left"),
         ("3.0.0", ("LOCAL",), {"mask": "window"}, "sliding windows: a build that has it"),
         ("3.0.0", ("SOFTCAP",), {"scores": "softcap"}, "softcap: a build that has it"),

@@ -172,18 +172,24 @@ def test_rows_that_see_nothing_but_a_sink_have_no_gradient() -> None:
 
 
 def test_a_graph_is_recorded_inside_a_custom_op() -> None:
-    """The dispatcher leaves autograd out there, and a compiled function would return what has no gradient."""
-    double = torch.compile(lambda x: (x * x).transpose(0, 1), backend="aot_eager")
+    """Dispatch leaves autograd out there, and functorch in a compiled graph: FlexAttention needs both for a bias."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    @torch.library.custom_op("anyattn_test_flex::gradient", mutates_args=())
-    def gradient(x: Tensor) -> Tensor:
+    def biased(x: Tensor, bias: Tensor) -> Any:
+        return flex_attention(x, x, x, score_mod=lambda score, b, h, i, j: score + bias[h, i, j])
+
+    traced = torch.compile(biased, backend="eager", fullgraph=True)
+
+    @torch.library.custom_op("anyattn_test_flex::records", mutates_args=())
+    def records(x: Tensor, bias: Tensor) -> Tensor:
         with flex._recording():
-            leaf = x.detach().requires_grad_()
-            out = double(leaf[:])
-            return torch.autograd.grad(out, leaf, torch.ones_like(out))[0]
+            out = traced(x, bias.detach().requires_grad_())
+        return x.new_full((), out.requires_grad)
 
-    x = torch.randn(3, 4)
-    torch.testing.assert_close(gradient(x), 2 * x)
+    records.register_fake(lambda x, bias: x.new_empty(()))
+    x, bias = torch.randn(1, 2, 8, 16), torch.randn(2, 8, 8)
+    assert records(x, bias)
+    assert torch.compile(lambda x, bias: records(x * 1, bias), fullgraph=True, backend="aot_eager")(x, bias)
 
 
 # --- on the CPU ----------------------------------------------------------------------------------------------------
@@ -244,11 +250,11 @@ def test_what_is_compiled_is_kept() -> None:
 
 def test_the_unfused_kernel_never_runs(monkeypatch: pytest.MonkeyPatch, fresh_choice: Callable[[], None]) -> None:
     """Without torch.compile, FlexAttention would keep all scores in memory: it says no instead."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     monkeypatch.setattr(_flex_compiled, "_compiled", {})
     monkeypatch.setattr(flex, "probe", lambda: flex.Probe("2.13.0"))
     q = torch.randn(1, 4, 2, 16)
-    with pytest.raises(anyattn.NoBackend, match=r"torch\.compile is switched off"):
+    switched_off: Any = torch._dynamo.config.patch
+    with switched_off(disable=True), pytest.raises(anyattn.NoBackend, match=r"torch\.compile is switched off"):
         anyattn.attention(q, q, q, backend="flex")
 
 

@@ -9,7 +9,7 @@ gradients: the core takes only the rows it asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -68,6 +68,8 @@ class Spec:
     """A backward is expected to follow."""
     bias_grad: bool = False
     """The gradient of bias is asked for."""
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """A backend's own, for what it makes of these numbers: there is one Spec per kind of call."""
 
 
 class Call(NamedTuple):

@@ -105,7 +105,7 @@ class Prepared:
     """Autocast's dtype for float32 q, k and v."""
     lse_dtype: torch.dtype
     device: int | None
-    """Index of the CUDA device."""
+    """Index of the CUDA device, where there are several."""
 
 
 class Inputs(NamedTuple):
@@ -247,6 +247,13 @@ def _sees_key(problem: Problem) -> bool:
     return problem.relation != "any" or (problem.form == "dense" and not problem.shape_matters)
 
 
+def _index(device: torch.device) -> int | None:
+    """Of a CUDA device, where there are several: with one, it is the current one."""
+    if device.type != "cuda" or torch.cuda.device_count() == 1:
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Explanation, kernel: Kernel) -> Prepared:
     left, right = _sides(request)
     core_sink = problem.sink is not None and not kernel.native_sink
@@ -267,7 +274,6 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         bias_grad=problem.bias_grad,
     )
     dims = (sizes.batch, sizes.seq_q, sizes.seq_k, sizes.num_heads, problem.seqlen_q, problem.seqlen_k)
-    device = request.q.device
     gaps_q = packed and _has_gaps(request.packing or (), sizes, sizes.seq_q)
     gaps_k = packed and _has_gaps(keys or (), sizes, sizes.seq_k)
     sanitize = packed and bool((request.packing or (False,))[5] or (keys or (False,))[5]) and not kernel.ignores_gaps
@@ -304,9 +310,7 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         core_sink=core_sink,
         cast=request.autocast,
         lse_dtype=torch.float64 if problem.dtype == "float64" else torch.float32,
-        device=(torch.cuda.current_device() if device.index is None else device.index)
-        if device.type == "cuda"
-        else None,
+        device=_index(request.q.device),
     )
 
 

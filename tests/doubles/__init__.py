@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 import anyattn
-from anyattn import _api, _core, _environment, _select, _traced
+from anyattn import _core, _environment, _select
 from anyattn.backends import ORDER
 from anyattn.backends import get as get_backend
 from doubles import aten_cudnn, aten_efficient, aten_flash, fa2, fa3, fa4
@@ -38,8 +38,8 @@ class Machine:
 def forget() -> None:
     """No choice, prepared call or loaded kernel is remembered."""
     _select.forget_world()
-    _api._prepared.clear()
-    _traced._prepared.clear()
+    for cache in _select.caches:
+        cache.clear()
     _select.choose.cache_clear()
 
 

@@ -23,6 +23,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from doubles import plain
+from doubles.calling import bind
 from doubles.signatures import recorded
 
 TILE = 128
@@ -81,9 +82,9 @@ class Interface:
         return self.arch // 10
 
     def _bind(self, function: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        signature(function, self.version).bind(**kwargs)
-        self.calls.append((function, kwargs))
-        return kwargs
+        bound = bind(signature(function, self.version), (), kwargs)
+        self.calls.append((function, bound))
+        return bound
 
     # --- what the raw functions refuse ------------------------------------------------------------------------------
 

@@ -220,8 +220,9 @@ def _growing_recipes(
 def _growing(call: Call) -> Described:
     q, k, v = aligned(call.q), aligned(call.k), aligned(call.v)
     (batch, seq_q, heads, dim), seq_k, dim_v = q.shape, k.shape[1], v.shape[3]
-    # With room for one query alone and lengths given, cuDNN's lse is wrong: seen with 9.19.
-    of_q = ((batch, max(seq_q, 2), heads, dim), (q.stride(1) if seq_q > 1 else heads * dim, q.stride(2)))
+    # cuDNN has a kernel for one query, four times as fast; given lengths, its lse is wrong (seen with 9.19).
+    room_q = 2 if call.spec.need_lse and seq_q == 1 else seq_q
+    of_q = ((batch, room_q, heads, dim), (q.stride(1) if seq_q > 1 else heads * dim, q.stride(2)))
     recipes = _growing_recipes(
         q.device.index or 0, q.dtype, of_q,
         ((batch, room(seq_k), *k.shape[2:]), k.stride()[1:3]), ((batch, room(seq_k), *v.shape[2:]), v.stride()[1:3]),

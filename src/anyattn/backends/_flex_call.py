@@ -38,7 +38,7 @@ class Run(NamedTuple):
 def run_of(call: Call, lse: bool, options: tuple[tuple[str, Any], ...]) -> Run:
     """All that a call's compiled function needs; options are the kernel's."""
     spec, own = call.spec, None if call.block_mask is None else call.block_mask.mask_mod
-    (bias, bias_dims), (mask, mask_dims) = _spanned(call, call.bias), _spanned(call, call.mask)
+    (bias, bias_dims), (mask, mask_dims) = spanned(call.bias), spanned(call.mask)
     terms = Terms(slopes=call.alibi, bias=bias, mask=mask)
     if call.rows_q is not None:
         terms = _packed_terms(call, terms)
@@ -57,7 +57,7 @@ def run_of(call: Call, lse: bool, options: tuple[tuple[str, Any], ...]) -> Run:
         return Run(kind, terms, None, None)
     sparsity = _sparsity(call)
     if sparsity.states is not None and call.block_mask is not None:
-        states, dims = _spanned(call, sparsity.states)
+        states, dims = spanned(sparsity.states)
         terms = terms._replace(states=states)
         kind = kind._replace(states=dims, own_block=(call.block_mask.BLOCK_SIZE[0], call.block_mask.BLOCK_SIZE[1]))
     return Run(kind._replace(block=sparsity.block), terms, sparsity.tables, own)
@@ -77,14 +77,12 @@ def _number(value: int, call: Call) -> Tensor | int:
     return torch.full((), value, dtype=torch.int32, device=call.q.device)
 
 
-def _spanned(call: Call, x: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:
-    """A broadcast tensor without its dims of size 1, and which dims are left; at least the heads'."""
+def spanned(x: Tensor | None) -> tuple[Tensor | None, tuple[int, ...] | None]:
+    """A broadcast (batch, heads, seq_q, seq_k) tensor without its dims of size 1, and which dims are left; 4: none."""
     if x is None:
         return None, None
     dims = tuple(d for d in range(4) if x.shape[d] != 1)
-    if not dims:
-        return x.reshape(1).expand(call.q.shape[-2]), (1,)
-    return x.squeeze(tuple(d for d in range(4) if d not in dims)), dims
+    return (x.squeeze(tuple(d for d in range(4) if d not in dims)), dims) if dims else (x.reshape(1), (4,))
 
 
 # --- packed batches and block tables ---

@@ -116,8 +116,9 @@ def _distance(terms: Terms) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda b, i, j: j - i
 
 
-def _at(x: Tensor, dims: tuple[int, ...], place: tuple[Tensor, ...]) -> Tensor:
-    """The entry of a tensor that has these dims of (batch, heads, seq_q, seq_k)."""
+def _at(x: Tensor, dims: tuple[int, ...], b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The entry of a tensor that has these dims of (batch, heads, seq_q, seq_k), or one that holds for all."""
+    place = (b, h, i, j, h - h)
     return x[tuple(place[d] for d in dims)]
 
 
@@ -135,7 +136,7 @@ def _score_mod(kind: Kind, terms: Terms) -> Any:
             slope = slopes[h] if kind.alibi == 1 else slopes[entry, h]
             score = score - slope * distance(b, i, j).abs()
         if bias is not None and kind.bias is not None:
-            score = score + _at(bias, kind.bias, (b, h, i, j))
+            score = score + _at(bias, kind.bias, b, h, i, j)
         return score
 
     return score_mod
@@ -157,11 +158,11 @@ def _mask_mod(kind: Kind, terms: Terms, own: MaskMod | None) -> MaskMod:
         if left is not None:
             seen = seen & (distance(b, i, j) >= -left)
         if mask is not None and kind.mask is not None:
-            seen = seen & _at(mask, kind.mask, (b, h, i, j))
+            seen = seen & _at(mask, kind.mask, b, h, i, j)
         if own is not None:
             allowed = own(b, h, i, j)
             if states is not None and kind.states is not None:
-                state = _at(states, kind.states, (b, h, i // kind.own_block[0], j // kind.own_block[1]))
+                state = _at(states, kind.states, b, h, i // kind.own_block[0], j // kind.own_block[1])
                 allowed = (state == 2) | ((state == 1) & allowed)
             seen = seen & allowed
         return seen

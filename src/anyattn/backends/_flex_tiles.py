@@ -53,7 +53,9 @@ def _known_too_large(call: Call) -> bool:
 
 
 def _full_precision_bias(call: Call) -> bool:
-    return call.bias is not None and call.bias.dtype == torch.float32 and 1 not in call.bias.shape[2:]
+    if call.bias is None or 1 in call.bias.shape[2:]:
+        return False
+    return call.spec.bias_grad or call.bias.dtype == torch.float32
 
 
 def _key(call: Call) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn._call import Call, Gradients, Result, Saved
+from anyattn._call import Call, Gradients, Result, Saved, Spec
 from anyattn._capability import ALWAYS, Capability, HeadDims, Reason, Row, Support
 from anyattn._environment import Probe, distribution_version
 from anyattn._problem import Problem
@@ -339,21 +339,23 @@ def forward(call: Call) -> Result:
     """See ``Backend.forward``."""
     spec, sink = call.spec, call.sink
     q, k, v = (call.q, call.k, call.v) if _aligns_itself else map(_aligned, (call.q, call.k, call.v))
-    causal = spec.right == 0
-    out, lse, *_ = _raw_forward(
-        q=q,
-        k=k,
-        v=v,
-        softmax_scale=spec.scale,
-        causal=causal,
-        softcap=spec.softcap,
-        window_size_left=spec.left,
-        window_size_right=None if causal else spec.right,
-        learnable_sink=None if sink is None else sink.detach().contiguous(),
-        return_lse=spec.need_lse,
-        **_lengths(call),
-    )
+    numbers = spec.memo.get("forward") or spec.memo.setdefault("forward", _forward_numbers(spec))
+    if sink is not None:
+        numbers = {**numbers, "learnable_sink": sink.detach().contiguous()}
+    out, lse, *_ = _raw_forward(q=q, k=k, v=v, **_lengths(call), **numbers)
     return Result(out, lse if spec.need_lse else None)
+
+
+def _forward_numbers(spec: Spec) -> dict[str, Any]:
+    """What forward gets of a spec. Arguments at their defaults are left out, for each costs a little on every call."""
+    causal = spec.right == 0
+    numbers = {"softmax_scale": spec.scale, "causal": causal, "return_lse": spec.need_lse}
+    optional = {
+        "softcap": spec.softcap or None,
+        "window_size_left": spec.left,
+        "window_size_right": None if causal else spec.right,
+    }
+    return numbers | {name: value for name, value in optional.items() if value is not None}
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:
@@ -388,14 +390,17 @@ def _lengths(call: Call) -> dict[str, Any]:
     q, k = call.rows_q, call.rows_k
     if q is None or k is None:
         return _NOTHING
-    return {
+    lengths = {
         "cu_seqlens_q": q.starts,
         "cu_seqlens_k": k.starts,
-        "seqused_q": q.lengths if q.gaps else None,
-        "seqused_k": k.lengths if k.gaps else None,
         "max_seqlen_q": q.max_seqlen,
         "max_seqlen_k": k.max_seqlen,
     }
+    if q.gaps:
+        lengths["seqused_q"] = q.lengths
+    if k.gaps:
+        lengths["seqused_k"] = k.lengths
+    return lengths
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -15,9 +15,11 @@ import os
 import platform
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from anyattn._capability import ALWAYS, Capability, HeadDims, Reason, Row
 from anyattn._environment import Probe, module_exists, one_line, torch_version
 from anyattn._errors import Refused
 from anyattn._problem import Problem
-from anyattn.backends._flex_call import entries_of, run_of
+from anyattn.backends._flex_call import entries_of, run_of, spanned
 from anyattn.backends._flex_compiled import compiled, kernel_options
 from anyattn.backends._flex_tiles import shrink, tile_options
 
@@ -159,24 +161,34 @@ class _Held:
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Autograd on, also within a custom op, whose dispatch leaves it out."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    if not excluded.has(_AUTOGRAD[0]):
+    """Autograd on, also within a custom op: dispatch leaves it, and functorch, out there. As in a thread of its own."""
+    if not torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradFunctionality):
         with torch.enable_grad():
             yield
         return
-    for key in _AUTOGRAD:
-        excluded = excluded.remove(key)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+    with torch._C._ForceDispatchKeyGuard(*_untouched_dispatch()), torch.enable_grad():
         yield
 
 
-_AUTOGRAD = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
+@cache
+def _untouched_dispatch() -> tuple[Any, Any]:
+    """The dispatch keys that a thread includes and excludes at its start."""
+    found: list[Any] = []
+
+    def look() -> None:
+        found.extend((torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found[0], found[1]
 
 
-def _compiled_call(call: Call, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> Any:
-    """(out, lse or None) from (B, S, H, D)."""
+def _compiled_call(call: Call, q: Tensor, k: Tensor, v: Tensor, lse: bool, bias: Tensor | None = None) -> Any:
+    """(out, lse or None) from (B, S, H, D), and from a leaf in place of bias."""
     run = run_of(call, lse, (*_options, *tile_options(call)) if q.is_cuda else ())
+    if bias is not None:
+        run = run._replace(terms=run.terms._replace(bias=bias))
     function = compiled(run.kind, q, k, v, run.own, torch.is_grad_enabled())
     try:
         return function(q, k, v, run.terms, run.tables, run.own)
@@ -185,7 +197,7 @@ def _compiled_call(call: Call, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> An
             raise
         if not shrink("fwd", call, error):
             raise Refused(f"it does not compile: {one_line(getattr(error, 'inner_exception', error))}") from error
-    return _compiled_call(call, q, k, v, lse)
+    return _compiled_call(call, q, k, v, lse, bias)
 
 
 def _does_not_compile(error: Exception) -> bool:
@@ -196,6 +208,10 @@ def _enter(call: Call) -> list[Tensor]:
     """q, k and v without autograd, as (B, S, H, D)."""
     tensors = [x.detach() for x in (call.q, call.k, call.v)]
     return tensors if call.rows_q is None else [_unflattened(call, x) for x in tensors]
+
+
+def _without_autograd(call: Call) -> Call:
+    return call if call.bias is None else call._replace(bias=call.bias.detach())
 
 
 def _unflattened(call: Call, x: Tensor) -> Tensor:
@@ -217,11 +233,12 @@ def _with_graph(call: Call) -> _Held:
     """Forward on leaves of its own. Bias enters in float32: its gradient is a sum over all that it is broadcast to."""
     with _recording():
         leaves = [x.requires_grad_() for x in _enter(call)]
-        bias = None if call.bias is None else call.bias.detach()
-        if bias is not None and call.spec.bias_grad:
-            bias = bias.float().requires_grad_()
+        call = _without_autograd(call)
+        bias, _ = spanned(call.bias) if call.spec.bias_grad else (None, None)
+        if bias is not None:
+            bias = bias.float().detach().requires_grad_()
             leaves.append(bias)
-        out, lse = _compiled_call(call._replace(bias=bias), leaves[0], leaves[1], leaves[2], True)
+        out, lse = _compiled_call(call, leaves[0], leaves[1], leaves[2], True, bias)
     return _Held(out, lse, tuple(leaves))
 
 
@@ -231,10 +248,9 @@ def forward(call: Call) -> Result:
         held = _with_graph(call)
         out, held.returned = _leave(call, held.out, held.lse)
         return Result(out, held.returned, held=held)
-    bias = None if call.bias is None else call.bias.detach()
     with torch.no_grad():
         q, k, v = _enter(call)
-        out, lse = _compiled_call(call._replace(bias=bias), q, k, v, call.spec.need_lse)
+        out, lse = _compiled_call(_without_autograd(call), q, k, v, call.spec.need_lse)
         return Result(*_leave(call, out, lse))
 
 
@@ -266,7 +282,9 @@ def _backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gr
     found = list(torch.autograd.grad(outputs, held.leaves, incoming))
     if call.rows_q is not None:
         found[:3] = [x.flatten(0, 1) for x in found[:3]]
-    dbias = found[3].to(call.bias.dtype) if call.bias is not None and call.spec.bias_grad else None
+    dbias = None
+    if call.bias is not None and call.spec.bias_grad:
+        dbias = found[3].to(call.bias.dtype).view(call.bias.shape)
     return Gradients(found[0], found[1], found[2], dbias)
 
 
