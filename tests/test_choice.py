@@ -466,3 +466,21 @@ def test_backends_lists_everything_here() -> None:
         assert status.install
         assert status.runs_here == (not status.reason)
         assert name in str(table)
+
+
+def test_last_resorts_come_last_where_any_backend_may_run() -> None:
+    """Kernels of a higher rank, but not where the caller names them first."""
+    q = torch.empty(1, 64, 2, 64, device="meta", dtype=torch.float32)
+    first, *_ = (str(k) for k in anyattn.explain(q, q, q, softcap=9.0, on="cpu").candidates)
+    assert first == "reference"
+    named = [str(k) for k in anyattn.explain(q, q, q, softcap=9.0, on="cpu", backend=("flex", "auto")).candidates]
+    assert named == ["flex:cpu", "reference"]
+
+
+@pytest.mark.parametrize(("queries", "keys", "first"), [(1, 8192, False), (512, 8192, True), (1, 512, True)])
+def test_a_kernel_is_passed_where_others_are_much_faster(queries: int, keys: int, first: bool) -> None:
+    q, k = (torch.empty(1, n, 2, 64, device="meta", dtype=torch.bfloat16) for n in (queries, keys))
+    none = {"fa3": None, "fa4": None, "fa2": None}
+    found = anyattn.explain(q, k, k, on="sm90", assume=none)
+    assert (found.chosen == "cudnn") is first
+    assert "cudnn" in [k.backend for k in found.candidates]

@@ -379,14 +379,14 @@ _MACHINE = {
 
 
 @pytest.fixture
-def _machine(monkeypatch: pytest.MonkeyPatch, fakes: None) -> None:
+def _one_gpu(monkeypatch: pytest.MonkeyPatch, fakes: None) -> None:
     monkeypatch.setattr(_doctor, "_machine", lambda: _MACHINE)
     monkeypatch.setattr(_doctor, "distribution_version", lambda name: None if name == "matplotlib" else "1.0")
     monkeypatch.setenv("ANYATTN_CACHE_DIR", "/somewhere")
     monkeypatch.setenv("ANYATTN_BACKEND", "alpha,nope")
 
 
-@pytest.mark.usefixtures("_machine")
+@pytest.mark.usefixtures("_one_gpu")
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(capsys, "doctor") == (0, _GOLDEN_DOCTOR, "")
 
@@ -467,7 +467,7 @@ anyattn demo                 trains a small model on packed documents
 """
 
 
-@pytest.mark.usefixtures("_machine")
+@pytest.mark.usefixtures("_one_gpu")
 def test_doctor_leaves_no_rule_out_in_silence(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(_doctor, "_machine", lambda: _MACHINE | {"devices": []})
     said = "More rules hold for alpha, on other devices: anyattn doctor --all shows them."

@@ -52,16 +52,9 @@ def machine(version: str = cudnn.NEWEST, library: int = 91900, on: str = "sm90")
         stack.enter_context(mock.patch.object(graphs, "current_stream", return_value=7))
         stack.enter_context(mock.patch.object(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k))))
         stack.enter_context(mock.patch.object(Tensor, "new_empty", lambda x, *a, **k: poisoned(new_empty(x, *a, **k))))
-        _forget()
-        stack.callback(_forget)
+        double.forget()
+        stack.callback(double.forget)
         yield interface
-
-
-def _forget() -> None:
-    graphs.cudnn = None
-    graphs._handles.clear()
-    for kept in (graphs.graph, calls._dense_recipes, calls._growing_recipes, calls._packed_plan, calls._entries):
-        kept.cache_clear()
 
 
 @pytest.fixture

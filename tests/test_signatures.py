@@ -19,6 +19,7 @@ from packaging.version import Version
 
 from anyattn.backends import _cudnn_graph, fa3
 from doubles import pretend
+from doubles.cudnn import forget
 from doubles.signatures import recorded
 from ways import WAYS, call
 
@@ -206,16 +207,14 @@ class FrontEnd:
 def front_end(version: str) -> Iterator[FrontEnd]:
     """A version is installed, on a GPU."""
     front = FrontEnd(version)
-    _cudnn_graph.graph.cache_clear()
+    forget()
     with (
         mock.patch.dict(sys.modules, {"cudnn": front}),
         mock.patch.object(_cudnn_graph, "current_stream", return_value=0),
-        mock.patch.object(_cudnn_graph, "cudnn", None),
         pretend("sm90", cudnn=version),
     ):
         yield front
-    _cudnn_graph.graph.cache_clear()
-    _cudnn_graph._handles.clear()
+    forget()
 
 
 CLAIMED = [v for v in recorded("cudnn").versions() if Version(v) >= Version("1.14.0")]

@@ -28,7 +28,6 @@ OTHERS_ENVIRONMENT = {
     "backends/fa4.py": {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"},  # the package's own cache of compiled kernels
     "cli/_render.py": {"COLUMNS"},  # a terminal's width
     "_warm_up.py": {"LOCAL_RANK"},  # torchrun's
-    "backends/flex.py": {"CXX"},  # torch's choice of a C++ compiler
 }
 
 
@@ -156,10 +155,9 @@ def test_the_spine_points_one_way() -> None:
 def test_a_backend_knows_the_contract_and_no_other_backend(file: Path) -> None:
     allowed = {
         "anyattn", "anyattn._call", "anyattn._capability", "anyattn._derived", "anyattn._environment",
-        "anyattn._errors", "anyattn._log", "anyattn._padding", "anyattn._problem", "anyattn._random", "anyattn.backends",
+        "anyattn._errors", "anyattn._log", "anyattn._padding", "anyattn._problem", "anyattn._random",
+        "anyattn.backends",
     }  # fmt: skip
-    if file.stem == "_flex_traced":  # what the core does, in terms that torch.compile can trace
-        allowed |= {"anyattn._packing", "anyattn._request", "anyattn._select", "anyattn.backends.flex"}
     shared = {module_name(f) for f in (SOURCE / "backends").glob("_*.py")}
     found = {name for name in imports(file) if name.startswith("anyattn")}
     assert found <= allowed | shared, found - allowed - shared

@@ -138,7 +138,9 @@ class Capability:
     ignores_gaps: bool = False
     """Nothing in a gap, NaN included, can reach a row of a sequence: the core need not clean what goes in."""
     rank: int = 0
-    """Where any backend may run, kernels of a higher rank come after all of a lower one: for last resorts."""
+    """Where any backend may run, kernels of a higher rank come after all of a lower one: 2 and more are last resorts."""
+    slow_at: Callable[[Problem], bool] | None = None
+    """Problems that it takes and that others are much faster at: it ranks below them there."""
     reads_torch_flag: bool = False
     """Deterministic only while torch.use_deterministic_algorithms is on."""
     rows: tuple[Row, ...] = field(default=())
@@ -151,6 +153,10 @@ class Capability:
     def takes_lse_grad(self, version: str | None) -> bool:
         """Whether the kernel's backward takes the gradient of lse."""
         return self.lse_grad == "native" and _at_least(version, self.lse_grad_since)
+
+    def rank_at(self, problem: Problem) -> int:
+        """The kernel's rank for a problem."""
+        return self.rank + (self.slow_at is not None and self.slow_at(problem))
 
     def as_run(self, problem: Problem) -> Problem:
         """The problem with the head dims that the kernel is run with."""

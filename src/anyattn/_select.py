@@ -50,6 +50,8 @@ class Kernel:
     """(head_dim, head_dim_v) that it is run with, where the core pads them to that."""
     notes: tuple[str, ...] = ()
     """What a user should know of a call that it runs."""
+    rank: int = 0
+    """As ``Capability.rank_at`` says."""
 
     def __str__(self) -> str:
         return f"{self.backend}:{self.name}" if self.name else self.backend
@@ -356,6 +358,7 @@ def _kernel(name: str, capability: Capability, problem: Problem, probe: Probe) -
         ignores_gaps=capability.ignores_gaps,
         dims=dims,
         notes=tuple(notes),
+        rank=capability.rank_at(problem),
     )
 
 
@@ -412,8 +415,7 @@ def _rank(preference: Preference, kernel: Kernel) -> tuple[int, int]:
     """The place of a kernel in a preference; where any may run, its rank as well."""
     for place, wanted in enumerate(preference):
         if wanted == "auto":
-            ranks = (c.rank for c in get_backend(kernel.backend).CAPABILITIES if c.kernel == kernel.name)
-            return place, next(ranks)
+            return place, kernel.rank
         if wanted in (str(kernel), kernel.backend):
             return place, 0
     return len(preference), 0

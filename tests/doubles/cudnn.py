@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyattn.backends import _cudnn_calls as calls
+from anyattn.backends import _cudnn_graph as graphs
 from doubles import plain
 
 NAN = float("nan")
@@ -392,3 +394,11 @@ class _Run:
         dbias = self._bias(n["dBias"], entry, rows, keys)
         if dbias is not None:
             dbias += dscores.sum(0, keepdim=True) if dbias.shape[0] == 1 else dscores
+
+
+def forget() -> None:
+    """No graph, plan or handle of another frontend is kept."""
+    graphs.cudnn = None
+    graphs._handles.clear()
+    for kept in (graphs.graph, calls._dense_recipes, calls._growing_recipes, calls._packed_plan, calls._entries):
+        kept.cache_clear()

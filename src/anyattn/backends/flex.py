@@ -109,7 +109,7 @@ CAPABILITIES = (
         head_dims=HeadDims(maximum=1 << 20),
         features=dict.fromkeys(_FEATURES, ALWAYS),
         backward_families=(),
-        rank=1,
+        rank=3,
         rows=_CPU_ROWS,
     ),
 )

@@ -32,6 +32,7 @@ CAPABILITIES = (
         head_dims=HeadDims(maximum=1 << 20),
         features=dict.fromkeys(FEATURE_NAMES, ALWAYS),
         lse_grad="native",
+        rank=2,
     ),
 )
 
