@@ -551,6 +551,15 @@ def _limit(target: Target) -> int:
     return CASE_LIMITS.get(target.name, CASE_LIMITS.get(target.backend, 1 << 30))
 
 
+@functools.cache
+def has_backward(target: Target) -> bool:
+    """Whether the kernel has gradients at all: not every build has."""
+    if target.capability.backward_families == ():
+        return False
+    plain = Case(target, dtype=target.capability.dtypes[0], dims="64")
+    return any(takes(replace(plain, form=form)) for form in ("bshd", "thd"))
+
+
 def with_other_head_dims(target: Target) -> list[Case]:
     """Plain cases whose head_dim_v is not their head_dim."""
     forms = [form for form in ("bshd", "thd") if {"bshd": "dense", "thd": "packed"}[form] in target.capability.features]

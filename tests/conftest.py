@@ -48,7 +48,7 @@ def _targets(metafunc: pytest.Metafunc, device: str) -> list[cases.Target]:
     needed = {feature for mark in metafunc.definition.iter_markers("needs") for feature in mark.args}
     found = [t for t in cases.all_targets(device) if cases.is_tried_everywhere(t)]
     if metafunc.definition.get_closest_marker("forward_only") is None:
-        found = [t for t in found if t.capability.backward_families != ()]
+        found = [t for t in found if cases.has_backward(t)]
     return [t for t in found if needed <= set(t.capability.features)]
 
 

@@ -102,7 +102,7 @@ def test_a_refused_call_reaches_no_kernel(target: Target) -> None:
                 problem.call()
             if isinstance(caught.value, NoBackend):
                 assert caught.value.explanation.rejected[target.backend]
-    assert refused or target.backend == "reference"
+    assert refused or target.backend in ("reference", "flex")  # these take all that is asked here
 
 
 @pytest.fixture

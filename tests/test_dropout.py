@@ -106,7 +106,10 @@ class Batch:
                 whole[0, :, rows, rows] = keep[i, :, : span.len_q, : span.len_k]
             keep = whole
         dlse = dlse.cpu().masked_fill(~torch.isfinite(dlse.cpu()), 0)
-        return oracle.Expected(self.dtype, given, spans, oracle.Terms(causal=causal), dout, dlse, None, keep)
+        found = oracle.Expected(self.dtype, given, spans, oracle.Terms(causal=causal), dout, dlse, None, keep)
+        name = str(self.dtype).removeprefix("torch.")
+        found.product_error = self.target.capability.product_error.get(name, 0.0)
+        return found
 
 
 def through_the_op(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **given: Any) -> Any:

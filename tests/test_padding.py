@@ -10,6 +10,7 @@ from torch import Tensor
 
 import anyattn
 import cases
+import oracle
 from anyattn._call import Call, Gradients, Result, Rows, Saved
 from anyattn._packing import valid_rows
 from cases import Case, Problem, Target, from_bshd, lse_to_bhs, to_bshd
@@ -234,7 +235,11 @@ def test_padding_of_other_shapes_of_the_same_batch_agrees(target: Target) -> Non
     lengths = [s.len_q for s in problem.spans]
     packing = anyattn.Packing.from_lengths(lengths, device=target.device)
     expected = anyattn.attention(q, k, v, causal=True, packing=packing, backend=target.name)
-    assert torch.equal(problem.call(return_lse=False)[real_q], expected)
+    got = problem.call(return_lse=False)
+    if target.backend == "flex":  # its tiles lie at multiples of 128 rows in memory: sums are made in another order
+        oracle.check("out", to_bshd(got, problem.layout), problem.expected())
+    else:
+        assert torch.equal(got[real_q], expected)
 
 
 def test_padded_offsets_may_start_late_and_rows_may_exceed(target: Target) -> None:

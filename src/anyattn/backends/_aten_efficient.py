@@ -15,7 +15,8 @@ Read in its C++ (attention.cu, attention_backward.cu, mem_eff_attention/kernel_f
   reads them on the side where it expects them, without a look.
 - There is one stride for heads: keys of a group of heads can be shared (stride 0), those of several groups cannot.
   So GQA is one launch per group, or one per place in a group, whichever are fewer. Nothing is expanded in memory.
-- One query against keys with stride 0, without lse, reads past the last of more than 32 heads: lse is asked for then.
+- A block of one query (65 of them: the second block of 64) against keys with stride 0 for heads, without lse, is taken
+  for one query in all, whose heads then stand for queries: wrong on an H200. lse is asked for with such keys.
 - out and its gradient are read as contiguous.
 """
 
@@ -155,7 +156,7 @@ def _launch(call: Call, x: _Problem) -> tuple[Tensor, Tensor | None, Tensor | No
     spec = call.spec
     out, lse, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward.default(
         x.q, x.k, x.v, x.bias, x.cu_q, x.cu_k, x.max_q, x.max_k, spec.dropout, x.custom_mask_type,
-        spec.need_lse or x.q.shape[2] > 32, scale=spec.scale, window_size=x.window_size,
+        spec.need_lse or x.k.stride(2) == 0, scale=spec.scale, window_size=x.window_size,
     )  # fmt: skip
     return out, lse if spec.need_lse else None, torch.stack((seed, offset)) if spec.dropout else None
 
