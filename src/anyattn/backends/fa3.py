@@ -11,8 +11,8 @@ host, the package's own function 184.
   of keys at all: no such problem gets here.)
 - Used lengths go with cu_seqlens always: without, backward leaves them out (flash_bwd_launch_template.h:303). Rows
   beyond them are not written. Whole tiles are loaded, so that values there must be finite.
-- ``deterministic`` counts from 2025-09-17 on. Older betas take the flag and ignore it: all whose backward returns the
-  gradients, as it did until 2025-12-04, are taken to be such.
+- ``deterministic`` counts from 2025-09-17 on. Older betas take the flag and ignore it, and no signature tells which: no
+  beta is asked for it.
 - A head dim is run as the next one that was compiled, 64, 96, 128, 192 or 256. What a build lacks is in its
   ``flash_attn_config``, from 2025-12-04 on; each kernel refuses what it was built without.
 """
@@ -170,8 +170,9 @@ _ROWS = (
     # --- betas
     Row(
         lambda p: p.deterministic,
-        _newer("a deterministic backward: the flag was taken and ignored"),
-        flag="ignores_deterministic", direction="backward",
+        # All betas have one version, and the flag counts from the middle of them on.
+        _newer("a deterministic backward, for betas took the flag and ignored it"),
+        fixed="3.0.0", direction="backward",
     ),
     Row(_unequal, _newer("another head_dim_v than head_dim in backward"), flag="no_schema", direction="backward"),
     Row(_narrow_pair, _newer("head_dim_v above 64 with head_dim to 64"), flag="no_schema"),
@@ -268,7 +269,7 @@ _raw_backward: Entry | None
 
 
 def load() -> frozenset[str]:
-    """Import the kernels and look at what they take: "no_schema" and "ignores_deterministic" mark older betas."""
+    """Import the kernels and look at what they take: "no_schema" marks betas without ops."""
     global _raw_forward, _raw_backward
     whole = distribution_version(_PACKAGE) is not None
     module: Any = importlib.import_module("flash_attn_interface" if whole else "fa3_fwd_interface")
@@ -276,11 +277,10 @@ def load() -> frozenset[str]:
     if not hasattr(ops, "fwd"):
         _raw_forward = _checked(entry(module._flash_attn_forward, _FORWARD, _ALSO_CALLED))
         _raw_backward = _checked(entry(module._flash_attn_backward, _BACKWARD, _ALSO_CALLED))
-        return frozenset(("no_schema", "ignores_deterministic"))
+        return frozenset(("no_schema",))
     _raw_forward = _checked(entry(ops.fwd.default, _FORWARD, _ALSO_CALLED))
     _raw_backward = _checked(entry(ops.bwd.default, _BACKWARD, _ALSO_CALLED)) if whole else None
-    returns_gradients = whole and len(ops.bwd.default._schema.returns) > 5
-    return frozenset(("ignores_deterministic",) if returns_gradients else ())
+    return frozenset()
 
 
 def _checked(raw: Entry) -> Entry:
