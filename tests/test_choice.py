@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 import anyattn
 import cases
-from anyattn import Explanation, InvalidArgument, NoBackend, UnknownBackend
+from anyattn import Explanation, InvalidArgument, NoBackend, UnknownBackend, _select
 from anyattn._capability import FEATURE_NAMES, Capability
 from anyattn._environment import TARGETS, Probe
 from anyattn._problem import Problem
@@ -358,6 +359,71 @@ def test_str_is_a_table_of_everything() -> None:
         assert name in text
     assert "softcap" in text
     assert max(map(len, text.splitlines())) <= 160
+
+
+def on_sm90(dim: int = 64, dim_v: int | None = None, **more: Any) -> Explanation:
+    """A training call there."""
+    q, v = (
+        torch.empty(1, 512, 8, d, dtype=torch.bfloat16, device="meta").requires_grad_() for d in (dim, dim_v or dim)
+    )
+    return anyattn.explain(q, q, v, on="sm90", **more)
+
+
+def test_text_is_in_one_order_and_leaves_out_what_does_not_help() -> None:
+    explanation = on_sm90(softcap=2.0, dropout=0.1, assume={"fa4": None})
+    names = [line.split()[0] for line in str(explanation).splitlines() if "  rejected  " in line]
+    order = [kernel_name(*kernel) for kernel in KERNELS]
+    assert list(dict.fromkeys(names)) == [name for name in order if name in names]
+    assert "torch:cpu" not in names
+    assert str(explanation).splitlines()[-1] == "  for other devices: torch:cpu, flex:cpu"
+    assert "device" in [r.what for r in explanation.rejected["torch"]], "what is not told is kept"
+    assert "FlashAttention 4: not installed; pip install" in str(explanation)
+
+
+def test_what_cannot_run_on_this_device_is_not_recommended() -> None:
+    """An installation is no remedy where none of a backend's kernels is for the device."""
+    explanation = anyattn.explain(q, k, v, on="cpu", assume={"fa4": None})
+    assert [r.what for r in explanation.rejected["fa4"]] == ["installation", "device"]
+    assert "pip install" not in str(explanation)
+
+
+def test_reasons_say_what_was_got() -> None:
+    """The version, the head dims: values, and not that they are others."""
+    cases_: list[tuple[Explanation, str, str]] = [
+        (on_sm90(backend="fa2", assume={"fa2": "2.2.0"}), "fa2", "2.2.0"),
+        (on_sm90(80, backend="fa4"), "fa4", "80"),
+        (on_sm90(100, backend="fa4"), "fa4", "100, run as 104"),
+        (on_sm90(64, 96, backend="fa4"), "fa4", "64/96"),
+        (on_sm90(600, 64, backend="fa3"), "fa3", "600"),
+        (on_sm90(320, backend="fa3"), "fa3", "320"),
+        (
+            anyattn.explain(*[torch.empty(1, 4, 2, 8, requires_grad=True)] * 3, backend="flex:cpu"),
+            "flex",
+            "one without",
+        ),
+    ]
+    for explanation, name, got in cases_:
+        assert got in [r.got for r in explanation.rejected[name]], explanation
+
+
+def test_a_deterministic_backward_is_said_once() -> None:
+    text = str(on_sm90(deterministic=True, backend="cudnn,torch:cudnn,fa2", assume={"fa2": "2.4.0"}))
+    assert "a deterministic backward: " in text
+    assert "a deterministic backward in backward" not in text
+
+
+def test_a_last_resort_is_called_slow() -> None:
+    assert "slow" in str(anyattn.explain(q, k, v, backend="reference")).splitlines()[1]
+    assert "slow" not in str(anyattn.explain(q, k, v))
+
+
+def test_a_version_that_anyattn_does_not_run_with_is_not_assumed() -> None:
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'"torch>={_select.LEAST_TORCH}"' in pyproject
+    for name in ("torch", "varlen", "flex", "reference"):
+        with pytest.raises(InvalidArgument, match=rf"assume gives {name} the version 2.10.1, .* torch >= 2.11"):
+            anyattn.explain(q, k, v, assume={name: "2.10.1"})
+        assert anyattn.explain(q, k, v, assume={name: "2.11.0a0"}).versions[name] == "2.11.0a0"
 
 
 # --- the log -------------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ class TestExplain:
         got = json.loads(out)
         assert status == 0
         assert got["chosen"] == "beta"
-        assert got["candidates"] == [{"kernel": "beta:slow", "version": "3.1"}]
+        assert got["candidates"] == [{"kernel": "beta:slow", "version": "3.1", "notes": []}]
         assert got["versions"] == {"alpha": "2.5", "beta": "3.1", "gamma": "3.1"}
         assert got["problem"]["softcap"] is True
         assert got["rejected"]["alpha"][0] == {
@@ -153,14 +153,36 @@ class TestExplain:
             "remedy": "pip install -U alpha-kernels",
             "kernel": "",
             "link": "",
+            "text": "softcap: needs alpha-kernels >= 3.0, got 2.5",
         }
-        assert set(got["rejected"]) == {"alpha", "beta:quick", "gamma"}
+        assert list(got["rejected"]) == ["alpha", "beta:quick", "gamma"]
 
     def test_here_a_package_that_does_not_load_is_a_reason(self, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, _ = _run(capsys, "explain", "--json")
-        (reason,) = json.loads(out)["rejected"]["gamma"]
+        reason, device = json.loads(out)["rejected"]["gamma"]
         assert status == 0
         assert reason["got"] == "2.5: AttributeError: no attribute 'cute'"
+        assert reason["text"] == "the gamma kernels: 2.5: AttributeError: no attribute 'cute'"
+        assert device["what"] == "device", "there is no GPU here that it would run on"
+
+    def test_what_was_not_asked_for_and_other_devices_are_a_line_each(self, capsys: pytest.CaptureFixture[str]) -> None:
+        status, out, _ = _run(capsys, "explain", "--on", "sm100", "--backend", "beta,gamma")
+        *_, device, asked = out.splitlines()
+        assert status == 1
+        assert device == "for other devices: beta:quick, beta:slow, gamma"
+        assert asked == 'not asked for: alpha (backend="beta,gamma")'
+        assert "rejected" not in out
+
+    def test_a_version_that_is_newer_than_any_known_is_noted(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "newer than any known (3.1)" in _run(capsys, "explain", "--on", "sm90", "--assume", "alpha=3.2")[1]
+        assert "newer" not in _run(capsys, "explain", "--on", "sm90", "--assume", "alpha=3.1")[1]
+
+    def test_a_remedy_is_enough_for_training(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """gqa came in 2.0, and its backward in 3.2."""
+        words = ["explain", "--on", "sm90", "--heads", "8/2", "--json", "--assume", "alpha=1.9"]
+        for grad, needed in (((), "alpha-kernels >= 3.2"), (("--no-grad",), "alpha-kernels >= 2.0")):
+            reasons = json.loads(_run(capsys, *words, *grad)[1])["rejected"]["alpha"]
+            assert [r["needs"] for r in reasons] == [needed]
 
     def test_backend_named(self, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, _ = _run(capsys, "explain", "--on", "sm90", "--backend", "beta:quick", "--json")
@@ -187,19 +209,17 @@ On sm90, with the newest known version of each backend.
 
 alpha 3.1 runs it: the alpha kernels.
 
-kernel      verdict   version  why not                                      what would lift it
+kernel      verdict   version  why not, or a note                           what would lift it
 ------------------------------------------------------------------------------------------------------------------------
 alpha       chosen    3.1
 beta:slow   able      3.1
 beta:quick  rejected  3.1      dtype: needs float32, got bfloat16           cast q, k and v, or use torch.autocast
                                head_dim: needs at most 64, got 128          choose another backend
                                head_dim_v: needs at most 64, got 128        choose another backend
-                               softcap: needs a kernel that has it, got     choose another backend
-                               one without
+                               softcap: this kernel does not have it        choose another backend
                                backward: needs a kernel with a backward,    call it under torch.no_grad(), or choose
-                               got sm90                                     another backend
-gamma       rejected  3.1      softcap: needs a kernel that has it, got     choose another backend
-                               one without
+                               got one without                              another backend
+gamma       rejected  3.1      softcap: this kernel does not have it        choose another backend
 """
 _GOLDEN_NONE = """\
 bf16, batch 1, seq 4, heads 32/8, head_dim 192/100, causal (top-left), window 3,none, dropout 0.1, forward and backward.
@@ -207,51 +227,22 @@ On sm100, with the newest known version of each backend.
 
 No backend takes this call: each says why, and what would lift it.
 
-kernel      verdict   version  why not                                      what would lift it
+kernel  verdict   version  why not, or a note                             what would lift it
 ------------------------------------------------------------------------------------------------------------------------
-alpha       rejected  3.1      head_dim_v: needs a multiple of 8, got 100   pad q, k and v to 104 with zeros
-                               head_dim_v other than head_dim: needs a GPU  use such a GPU or another backend
-                               of sm90, got sm100
-                               dropout: needs a kernel that has it, got     choose another backend
-                               one without
-                               head_dim in backward: needs at most 128,     call it under torch.no_grad(), or choose
-                               got 192                                      another backend
-                               sliding windows in backward: needs a kernel  choose another backend
-                               that has it, got one without
-                               fewer kv heads than heads in backward:       pip install -U alpha-kernels
-                               needs alpha-kernels >= 3.2, got 3.1
-                               causal masking: needs lengths that are       wait for 4.0
-                               known, got other ones
-                               (https://example.org/issues/7)
-beta:quick  rejected  3.1      device: needs CPU, sm90, got sm100           choose another backend
-                               dtype: needs float32, got bfloat16           cast q, k and v, or use torch.autocast
-                               head_dim: needs at most 64, got 192          choose another backend
-                               head_dim_v: needs at most 64, got 100        choose another backend
-                               causal masking: needs a kernel that has it,  choose another backend
-                               got one without
-                               sliding windows: needs a kernel that has     choose another backend
-                               it, got one without
-                               fewer kv heads than heads: needs a kernel    choose another backend
-                               that has it, got one without
-                               head_dim_v other than head_dim: needs a      choose another backend
-                               kernel that has it, got one without
-                               dropout: needs a kernel that has it, got     choose another backend
-                               one without
-                               backward: needs a kernel with a backward,    call it under torch.no_grad(), or choose
-                               got sm100                                    another backend
-beta:slow   rejected  3.1      device: needs CPU, sm90, got sm100           choose another backend
-gamma       rejected  3.1      device: needs sm90, got sm100                choose another backend
-                               head_dim: needs at most 128, got 192         choose another backend
-                               causal masking: needs a kernel that has it,  choose another backend
-                               got one without
-                               sliding windows: needs a kernel that has     choose another backend
-                               it, got one without
-                               fewer kv heads than heads: needs a kernel    choose another backend
-                               that has it, got one without
-                               head_dim_v other than head_dim: needs a      choose another backend
-                               kernel that has it, got one without
-                               dropout: needs a kernel that has it, got     choose another backend
-                               one without
+alpha   rejected  3.1      head_dim_v: needs a multiple of 8, got 100     pad q, k and v to 104 with zeros
+                           head_dim_v other than head_dim: needs a GPU    use such a GPU or another backend
+                           of sm90, got sm100
+                           dropout: this kernel does not have it          choose another backend
+                           head_dim in backward: needs at most 128, got   call it under torch.no_grad(), or choose
+                           192/100                                        another backend
+                           sliding windows in backward: this kernel does  choose another backend
+                           not have them
+                           fewer kv heads than heads in backward: needs   pip install -U alpha-kernels
+                           alpha-kernels >= 3.2, got 3.1
+                           causal masking: needs lengths that are known,  wait for 4.0
+                           got other ones (https://example.org/issues/7)
+
+for other devices: beta:quick, beta:slow, gamma
 """
 _GOLDEN_STR = """\
 alpha 3.1 runs bfloat16 on sm90, seq 8192, heads 8, head_dim 128, dense, softcap, forward
@@ -260,8 +251,8 @@ alpha 3.1 runs bfloat16 on sm90, seq 8192, heads 8, head_dim 128, dense, softcap
   beta:quick  rejected  dtype: needs float32, got bfloat16; cast q, k and v, or use torch.autocast
   beta:quick  rejected  head_dim: needs at most 64, got 128; choose another backend
   beta:quick  rejected  head_dim_v: needs at most 64, got 128; choose another backend
-  beta:quick  rejected  softcap: needs a kernel that has it, got one without; choose another backend
-  gamma       rejected  softcap: needs a kernel that has it, got one without; choose another backend
+  beta:quick  rejected  softcap: this kernel does not have it; choose another backend
+  gamma       rejected  softcap: this kernel does not have it; choose another backend
 """
 
 
@@ -402,11 +393,11 @@ GPU 0   NVIDIA H200, sm90, 139.8 GiB
 CPU     2 threads for torch
 
 Backends, the preferred first
-backend  version  runs here  why not                              what it is
------------------------------------------------------------------------------------
-alpha    -        no         not installed                        the alpha kernels
-beta     1.5      yes                                             the beta kernels
-gamma    2.5      no         AttributeError: no attribute 'cute'  the gamma kernels
+backend  version  runs here  why not                                   what it is
+----------------------------------------------------------------------------------------
+alpha    -        no         not installed: pip install alpha-kernels  the alpha kernels
+beta     1.5      yes                                                  the beta kernels
+gamma    2.5      no         AttributeError: no attribute 'cute'       the gamma kernels
 
 What each kernel can do
                                                                                     beta:    beta:

@@ -563,8 +563,10 @@ def test_no_backend_lists_every_reason_with_its_remedy() -> None:
     text = str(caught.value)
     flat = " ".join(text.split())
     assert text.splitlines()[0] == "no backend can run this call; each says why, and what would lift it:"
-    assert "softcap: needs a kernel that has it, got one without; choose another backend" in flat
-    assert "dropout: needs a kernel that has it, got one without; choose another backend" in flat
+    assert "torch:cpu softcap: this kernel does not have it; choose another backend" in flat
+    assert "torch:cpu dropout: this kernel does not have it; choose another backend" in flat
+    others = ", ".join(name for name in BACKENDS.ORDER if name != "torch")
+    assert text.splitlines()[3:] == [f'  not asked for: {others} (backend="torch:cpu")']
     explanation = caught.value.explanation
     assert explanation.chosen is None
     assert [r.what for r in explanation.rejected["torch"]] == ["softcap", "dropout"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import anyattn
+import cases
 from anyattn._call import Call, Saved, Spec
 from anyattn._packing import Packing
 from anyattn.backends import _flex_blocks, _flex_call, _flex_compiled, flex
@@ -353,3 +354,57 @@ def test_a_sink_that_joins_in_a_compiled_region() -> None:
         torch.testing.assert_close(mine, theirs)
     gradients = torch.autograd.grad([x.sum() for x in found], (out, sink))
     assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"causal": "bottom_right"}, "causal must be"),
+        ({"layout": "bhds"}, "unknown layout"),
+        ({"window": (-5, None)}, "window must be"),
+        ({"softcap": -3.0}, "softcap must be positive"),
+        ({"alibi_slopes": torch.ones(5)}, "alibi_slopes must be"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_block_mask_hides_no_mistake(given: dict[str, Any], said: str) -> None:
+    """What eager names is named in a compiled region too, whichever exception torch wraps it in."""
+    q = torch.randn(1, 32, 2, 16)
+    mask = cases.block_mask(32, 32, "cpu")
+    with pytest.raises(anyattn.InvalidArgument):
+        anyattn.attention(q, q, q, mask=mask, **given)
+    torch._dynamo.reset()
+    function = torch.compile(lambda q: anyattn.attention(q, q, q, mask=mask, **given), fullgraph=True)
+    with pytest.raises(Exception, match=said):
+        function(q)
+
+
+def test_many_masks_of_one_function_do_not_end_flex() -> None:
+    """Dynamo gives up after eight compilations of one code object."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def of(width: int) -> Any:
+        return create_block_mask(lambda b, h, i, j: i - j < width, None, None, 32, 32, device="cpu", BLOCK_SIZE=16)
+
+    q = torch.randn(1, 32, 2, 16)
+    for width in range(1, 11):
+        mask = of(width)
+        out = anyattn.attention(q, q, q, mask=mask, backend="flex")
+        torch.testing.assert_close(out, anyattn.attention(q, q, q, mask=mask, backend="reference"))
+
+
+def test_a_packing_is_freed() -> None:
+    """What flex derives from a packing must not keep it."""
+    import gc
+
+    from anyattn import _derived
+
+    q = torch.randn(8, 2, 16)
+    gc.collect()
+    before = len(_derived._kept)
+    for _ in range(3):
+        packing = anyattn.Packing.from_lengths([3, 5])
+        anyattn.attention(q, q, q, packing=packing, backend="flex")
+        del packing
+    gc.collect()
+    assert len(_derived._kept) <= before

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import anyattn
-from anyattn import Packing, attention
+import cases
+from anyattn import Packing, _select, attention
 from doubles import pretend
 
 
@@ -225,3 +226,102 @@ def test_use_in_two_threads_leaves_no_preference_behind() -> None:
 def test_positions_in_eight_bits_do_not_wrap() -> None:
     ids = torch.cat([torch.arange(256), torch.arange(4)]).to(torch.uint8)
     assert Packing.from_position_ids(ids).lengths.tolist() == [256, 4]
+
+
+def test_a_refusal_is_of_these_numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel's own check speaks of one call: another rate, shape or window is asked again."""
+    from anyattn._errors import Refused
+
+    backend = cases.BACKENDS.get("torch")
+    real = backend.forward
+
+    def picky(call: Any) -> Any:
+        if call.q.shape[1] == 7:
+            raise Refused("seven is too much")
+        return real(call)
+
+    monkeypatch.setattr(backend, "forward", picky)
+    seven, six = torch.randn(1, 7, 2, 8), torch.randn(1, 6, 2, 8)
+    with pytest.raises(anyattn.NoBackend, match="seven is too much"):
+        anyattn.attention(seven, seven, seven, backend="torch")
+    assert anyattn.attention(seven, seven, seven).shape == seven.shape  # another kernel's
+    assert anyattn.explain(seven, seven, seven).chosen == "reference"
+    anyattn.attention(six, six, six, backend="torch")
+    _select.forget_world()
+
+
+def test_a_passing_refusal_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyattn._errors import Refused
+
+    backend = cases.BACKENDS.get("torch")
+    real, moods = backend.forward, [True]
+
+    def moody(call: Any) -> Any:
+        if moods:
+            raise Refused("not now", lasting=False)
+        return real(call)
+
+    monkeypatch.setattr(backend, "forward", moody)
+    q = torch.randn(1, 5, 2, 8)
+    for _ in range(2):
+        with pytest.raises(anyattn.NoBackend, match="not now"):
+            anyattn.attention(q, q, q, backend="torch")
+    moods.clear()
+    anyattn.attention(q, q, q, backend="torch")
+
+
+def test_a_compiled_backward_runs_the_kernel_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has changed about the choice since: dropout's state is one kernel's own."""
+    ran: list[str] = []
+    for name in ("torch", "reference"):
+        backend = cases.BACKENDS.get(name)
+        for way in ("forward", "backward"):
+            real = getattr(backend, way)
+            monkeypatch.setattr(
+                backend, way, lambda *a, name=name, way=way, real=real: (ran.append(f"{name} {way}"), real(*a))[1]
+            )
+    q = torch.randn(1, 5, 2, 8, requires_grad=True)
+    out = torch.compile(lambda q: anyattn.attention(q, q, q, dropout=0.5), backend="aot_eager", fullgraph=True)(q)
+    first = ran[-1].split()[0]
+    monkeypatch.setattr(cases.BACKENDS.get(first), "CAPABILITIES", ())
+    _select.forget_world()
+    _select.choose.cache_clear()
+    out.sum().backward()
+    assert ran == [f"{first} forward", f"{first} backward"]
+    monkeypatch.undo()
+    _select.forget_world()
+    _select.choose.cache_clear()
+
+
+def test_create_graph_through_a_checkpoint_names_what_is_missing() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    q = torch.randn(1, 5, 2, 8, requires_grad=True)
+    out = checkpoint(lambda q: anyattn.attention(q, q, q), q, use_reentrant=False)
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(anyattn.Unsupported, match="double backward"):
+        grad.sum().backward()
+
+
+def test_a_seed_is_drawn_on_the_host_whatever_the_default_device() -> None:
+    graphs: list[Any] = []
+
+    def keep(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    q = torch.randn(1, 5, 2, 8)
+    with torch.device("meta"):
+        torch.compile(lambda q: anyattn.attention(q, q, q, dropout=0.5), backend=keep, fullgraph=True)(q)
+    (node,) = [n for n in graphs[0].graph.nodes if "randint" in str(n.target)]
+    assert str(node.kwargs["device"]) == "cpu"
+
+
+def test_rows_without_any_sequence_reach_no_kernel() -> None:
+    packing = anyattn.Packing(torch.tensor([0], dtype=torch.int32), max_seqlen=5)
+    q = torch.randn(4, 2, 8, requires_grad=True)
+    out = anyattn.attention(q, q, q, packing=packing)
+    out.sum().backward()
+    assert not out.any()
+    assert q.grad is not None
+    assert not q.grad.any()

@@ -179,12 +179,11 @@ def attention(
         if prepared.bare and bias is None and _core.on_current_device(prepared):
             return prepared.backend.forward(Call(q, k, v, prepared.spec, prepared.kernel.name, rows_q, rows_k)).out
         out, lse = _autograd.run(prepared, Inputs(rows_q, rows_k, None, None, None), q, k, v, None, bias)
-    except Refused as refused:
-        _core.refuse(prepared, refused)
-        return attention(  # type: ignore
-            q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, dropout=dropout,
-            layout=layout, packing=packing, packing_kv=packing_kv, backend=backend, deterministic=deterministic,
-            return_lse=return_lse,
+    except Refused:
+        _drop(key)
+        return _attention(  # type: ignore[no-any-return]
+            key, None, Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv),
+            causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -219,22 +218,34 @@ def _attention(
     if t.packing is not None and getattr(t.packing, "_holes", None) is not None:
         options = (causal, window, scale, softcap, dropout, backend, deterministic, return_lse)
         return _through_packing(t, layout, *options)
-    while True:
-        if prepared is None:
-            request = make_request(
-                t, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse
-            )
-            prepared = _core.prepare(request)
-            if key is not None:
-                if len(_prepared) >= _CACHE_SIZE:
-                    _prepared.clear()
-                _prepared[key] = prepared
+    if prepared is not None:
         try:
             out, lse = _autograd.run(prepared, _inputs(prepared, t), t.q, t.k, t.v, t.sink, t.bias)
             return (out, lse) if return_lse else out
-        except Refused as refused:
-            _core.refuse(prepared, refused)
-            prepared = None
+        except Refused:
+            _drop(key)
+
+    def prepare() -> Prepared:
+        request = make_request(t, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
+        found = _core.prepare(request)
+        if key is not None:
+            if len(_prepared) >= _CACHE_SIZE:
+                _prepared.clear()
+            _prepared[key] = found
+        return found
+
+    def run(p: Prepared) -> Any:
+        return _autograd.run(p, _inputs(p, t), t.q, t.k, t.v, t.sink, t.bias)
+
+    out, lse = _core.run_accepted(prepare, run, lambda: _drop(key))
+    return (out, lse) if return_lse else out
+
+
+def _drop(key: Any) -> None:
+    """Choose anew for a key."""
+    _recent.clear()
+    if key is not None:
+        _prepared.pop(key, None)
 
 
 def make_request(

@@ -30,7 +30,9 @@ class Attention(torch.autograd.Function):
         """Returns (out, lse or None)."""
         enter = p.layout.enter
         call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
-        out, lse, rng, ctx.held = _core.forward(p, call, sink)
+        out, lse, rng, held = _core.forward(p, call, sink)
+        # Hooks (activation checkpointing, offloading) decide what is kept of tensors saved here; a graph keeps all.
+        ctx.held = None if held is None or _hooks_are_active() else held
         ctx.prepared, ctx.inputs = p, x._replace(alibi=None, mask=None)  # those two are saved, where hooks see them
         ctx.set_materialize_grads(False)
         # The offsets are saved too, so that refilling a Packing before backward is an error and not a wrong gradient.
@@ -42,26 +44,29 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, sink and bias, in the caller's layout."""
+        saved = ctx.saved_tensors  # once: under activation checkpointing a second look raises
         with torch.no_grad():
-            found = Attention.gradients(ctx, dout, dlse)
+            found = Attention.gradients(ctx, saved, dout, dlse)
         if torch.is_grad_enabled():  # create_graph=True
-            anchors = [x for x in ctx.saved_tensors[:5] if x is not None and x.requires_grad]
+            anchors = [x for x in saved[:5] if x is not None and x.requires_grad]
             once: Any = NoSecondBackward.apply
             return tuple(None if g is None else once(g, *anchors) for g in found)
         return found
 
     @staticmethod
-    def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def gradients(
+        ctx: Any, saved_tensors: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """The work of backward."""
         p: Prepared = ctx.prepared
         x: Inputs = ctx.inputs
-        q, k, v, sink, bias, out, lse, rng, alibi, mask, *_ = ctx.saved_tensors
+        q, k, v, sink, bias, out, lse, rng, alibi, mask, *_ = saved_tensors
         x = x._replace(alibi=alibi, mask=mask)
         if dout is None and dlse is None:
             return (None,) * 7
         dout = torch.zeros_like(out) if dout is None else p.layout.enter(dout)
         dlse = None if dlse is None else p.layout.enter_lse(dlse)
-        saved = Saved(out, lse, rng, ctx.held)
+        saved, ctx.held = Saved(out, lse, rng, ctx.held), None  # for one backward; another does without
         enter = p.layout.enter
         call = _core.make_call(p, enter(q), enter(k), enter(v), None, _four_dims(bias), x)
         dq, dk, dv, dbias = _core.backward(p, call, saved, dout, dlse)
@@ -71,6 +76,10 @@ class Attention(torch.autograd.Function):
         leave, leave_keys = p.layout.leave, p.layout.leave_keys
         shaped = None if dbias is None or bias is None else dbias.reshape(bias.shape)
         return None, None, leave(dq), leave_keys(dk), leave_keys(dv), dsink, shaped
+
+
+def _hooks_are_active() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class NoSecondBackward(torch.autograd.Function):

@@ -38,11 +38,18 @@ class Reason:
     """Which of the backend's kernels says so, where it has several."""
     link: str = ""
     """Where a known defect is described."""
+    text: str = ""
+    """``detail`` in other words, where what, needs and got read badly in one sentence."""
+
+    @property
+    def detail(self) -> str:
+        """The reason without what would lift it."""
+        return self.text or f"{self.what}: needs {self.needs}, got {self.got}"
 
     def __str__(self) -> str:
-        head = f"{self.kernel}: {self.what}" if self.kernel else self.what
+        head = f"{self.kernel}: " if self.kernel else ""
         link = f" ({self.link})" if self.link else ""
-        return f"{head}: needs {self.needs}, got {self.got}; {self.remedy}{link}"
+        return f"{head}{self.detail}; {self.remedy}{link}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +145,7 @@ class Capability:
     ignores_gaps: bool = False
     """Nothing in a gap, NaN included, can reach a row of a sequence: the core need not clean what goes in."""
     rank: int = 0
-    """Where any backend may run, kernels of a higher rank come after all of a lower one: 2 and more are last resorts."""
+    """Where any backend may run, kernels of a higher rank come after all of a lower one; 2 and more: last resorts."""
     slow_at: Callable[[Problem], bool] | None = None
     """Problems that it takes and that others are much faster at: it ranks below them there."""
     reads_torch_flag: bool = False
@@ -165,6 +172,9 @@ class Capability:
             return problem
         return replace(problem, head_dim=dims[0], head_dim_v=dims[1])
 
+
+#: ``Reason.what`` where the tensors are on another device than the kernel's.
+OTHER_DEVICE = "device"
 
 FAMILY_NAMES = {0: "CPU", 7: "sm7x", 8: "sm8x", 9: "sm90", 10: "sm10x", 11: "sm11x", 12: "sm12x"}
 
@@ -193,6 +203,11 @@ FEATURE_NAMES = {
     "deterministic": "a deterministic backward",
 }
 
+#: Those that are called in the plural.
+_PLURAL = ("dense", "packed", "gaps", "window", "gqa", "sink", "alibi_per_sequence")
+#: Those that only a backward has.
+BACKWARD_ONLY = ("bias_grad", "lse_grad", "deterministic")
+
 #: What a user may do about a feature that no version of a kernel has.
 _FEATURE_REMEDIES = {
     "dense": 'use layout="thd" with a Packing',
@@ -212,74 +227,88 @@ def _families(families: tuple[int, ...]) -> str:
     return ", ".join(FAMILY_NAMES[f] for f in families) or "no GPU"
 
 
+def dims_text(head_dim: int, head_dim_v: int) -> str:
+    """``"128"``, or ``"192/128"`` where they differ."""
+    return str(head_dim) if head_dim == head_dim_v else f"{head_dim}/{head_dim_v}"
+
+
+def _run_as(given: str, run: str) -> str:
+    return given if given == run else f"{given}, run as {run}"
+
+
+def _dims_found(given: Problem, run: Problem) -> str:
+    """The head dims of a call, and those that the kernel would be run with."""
+    return _run_as(dims_text(given.head_dim, given.head_dim_v), dims_text(run.head_dim, run.head_dim_v))
+
+
 def _feature_reason(
     capability: Capability, name: str, problem: Problem, version: str | None, way: Direction
 ) -> Reason | None:
-    """Why this feature rules the kernel out in one direction, or None."""
-    what = FEATURE_NAMES[name] + (" in backward" if way == "backward" else "")
+    """Why this feature rules the kernel out in one direction, or None. It names what all the call needs."""
+    what = FEATURE_NAMES[name] + (" in backward" if way == "backward" and name not in BACKWARD_ONLY else "")
     support = capability.features.get(name)
     if support is None or (way == "backward" and not support.backward):
         remedy = _FEATURE_REMEDIES.get(name, "choose another backend")
-        return Reason(what, "a kernel that has it", "one without", remedy)
-    family = problem.arch // 10
-    families = support.families
-    since = support.since
-    if way == "backward":
-        families = support.backward_families or families
-        since = support.backward_since or since
-    if families is not None and family not in families:
-        return Reason(
-            what, f"a GPU of {_families(families)}", arch_name(problem.arch), "use such a GPU or another backend"
-        )
+        text = f"{what}: this kernel does not have {'them' if name in _PLURAL else 'it'}"
+        return Reason(what, "a kernel that has it", "one without", remedy, text=text)
+    backward = support.backward_families or support.families, support.backward_since or support.since
+    families, since = backward if way == "backward" else (support.families, support.since)
+    all_families, all_since = backward if problem.needs_backward and support.backward else (families, since)
+    if families is not None and problem.arch // 10 not in families:
+        needs = f"a GPU of {_families(all_families or families)}"
+        return Reason(what, needs, arch_name(problem.arch), "use such a GPU or another backend")
     if not _at_least(version, since):
-        return Reason(
-            what,
-            f"{capability.package} >= {since}",
-            f"{version}",
-            capability.upgrade or f"upgrade {capability.package}",
-        )
+        remedy = capability.upgrade or f"upgrade {capability.package}"
+        return Reason(what, f"{capability.package} >= {all_since}", f"{version}", remedy)
     return None
 
 
-def _static_reasons(capability: Capability, problem: Problem, version: str | None) -> list[Reason]:
-    """Reasons from device, dtype and head dims, alike in both directions."""
-    found = []
-    if problem.arch // 10 not in capability.families:
-        remedy = "move the tensors" if problem.arch == 0 or capability.families == (0,) else "choose another backend"
-        found.append(Reason("device", _families(capability.families), arch_name(problem.arch), remedy))
+def device_reason(capability: Capability, problem: Problem) -> Reason | None:
+    """Why the kernel does not run where the tensors are, or None."""
+    if problem.arch // 10 in capability.families:
+        return None
+    remedy = "move the tensors" if problem.arch == 0 or capability.families == (0,) else "choose another backend"
+    return Reason(OTHER_DEVICE, _families(capability.families), arch_name(problem.arch), remedy, capability.kernel)
+
+
+def _static_reasons(capability: Capability, given: Problem, problem: Problem, version: str | None) -> list[Reason]:
+    """Reasons from device, dtype and head dims, alike in both directions; ``given`` is before padding."""
+    found = [r] if (r := device_reason(capability, problem)) else []
     if problem.dtype not in capability.dtypes:
         found.append(
             Reason("dtype", " or ".join(capability.dtypes), problem.dtype, "cast q, k and v, or use torch.autocast")
         )
     dims = capability.head_dims
-    for name, dim in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
-        grown = dim
+    for name, asked, dim in (
+        ("head_dim", given.head_dim, problem.head_dim),
+        ("head_dim_v", given.head_dim_v, problem.head_dim_v),
+    ):
+        got, grown = _run_as(str(asked), str(dim)), dim
         if problem.lse_grad and not capability.takes_lse_grad(version):
             grown = dim + max(8, dims.multiple_of)
         if dim % dims.multiple_of:
             padded = -(-dim // dims.multiple_of) * dims.multiple_of
             found.append(
-                Reason(name, f"a multiple of {dims.multiple_of}", str(dim), f"pad q, k and v to {padded} with zeros")
+                Reason(name, f"a multiple of {dims.multiple_of}", got, f"pad q, k and v to {padded} with zeros")
             )
         if dim > dims.maximum:
-            found.append(Reason(name, f"at most {dims.maximum}", str(dim), "choose another backend"))
+            found.append(Reason(name, f"at most {dims.maximum}", got, "choose another backend"))
         elif grown > dims.maximum:
             needs = f"at most {dims.maximum - max(8, dims.multiple_of)} for the gradient of lse"
-            found.append(Reason(name, needs, str(dim), "detach lse, or choose another backend"))
+            found.append(Reason(name, needs, got, "detach lse, or choose another backend"))
     return found
 
 
-def _backward_reasons(capability: Capability, problem: Problem, version: str | None) -> list[Reason]:
-    """Reasons that only a backward has, features aside."""
+def _backward_reasons(capability: Capability, given: Problem, problem: Problem) -> list[Reason]:
+    """Reasons that only a backward has, features aside; ``given`` is before padding."""
     found = []
     families = capability.backward_families
     if families is not None and problem.arch // 10 not in families:
-        got = arch_name(problem.arch)
         found.append(
             Reason(
                 "backward",
                 f"a GPU of {_families(families)}" if families else "a kernel with a backward",
-                got,
+                arch_name(problem.arch) if families else "one without",
                 "call it under torch.no_grad(), or choose another backend",
             )
         )
@@ -298,7 +327,7 @@ def _backward_reasons(capability: Capability, problem: Problem, version: str | N
             Reason(
                 "head_dim in backward",
                 f"at most {largest}",
-                str(max(problem.head_dim, problem.head_dim_v)),
+                _dims_found(given, problem),
                 "call it under torch.no_grad(), or choose another backend",
             )
         )
@@ -314,9 +343,59 @@ def _row_applies(row: Row, problem: Problem, version: str | None, flags: frozens
     return affected and row.when(problem)
 
 
+#: What rows say of a value that they cannot know: the problem has it.
+_UNSAID = ("another", "more", "a larger one", "one in between", "different ones")
+
+
+def _row_reason(row: Row, given: Problem, run: Problem, version: str | None) -> Reason:
+    """A row's reason, with the value that there is: the version, the head dims or the bias's dtype."""
+    reason = row.reason
+    if row.fixed is not None and ">=" in reason.needs:
+        return replace(reason, got=f"{version}")
+    if reason.got not in _UNSAID:
+        return reason
+    if "head_dim" in reason.what or "head_dim" in reason.needs:
+        return replace(reason, got=_dims_found(given, run))
+    return replace(reason, got=given.bias) if given.bias and reason.what == "bias's dtype" else reason
+
+
 def _with_lse_column(problem: Problem) -> Problem:
     """The problem whose backward is run where the core adds the gradient of lse: head dims grow by 8."""
     return replace(problem, head_dim=problem.head_dim + 8, head_dim_v=problem.head_dim_v + 8)
+
+
+def _forward_reasons(
+    capability: Capability, given: Problem, problem: Problem, version: str | None, flags: frozenset[str]
+) -> list[Reason]:
+    found = _static_reasons(capability, given, problem, version)
+    for name in problem.features():
+        if name not in ("sink", *BACKWARD_ONLY) and (
+            reason := _feature_reason(capability, name, problem, version, "forward")
+        ):
+            found.append(reason)
+    rows = [row for row in capability.rows if _row_applies(row, problem, version, flags, "forward")]
+    return found + [_row_reason(row, given, problem, version) for row in rows]
+
+
+def _backward_only_reasons(
+    capability: Capability, given: Problem, problem: Problem, version: str | None, flags: frozenset[str]
+) -> list[Reason]:
+    """Reasons against the backward that are none against the forward."""
+    found = _backward_reasons(capability, given, problem)
+    for name in problem.features():
+        if name in ("sink", "lse_grad"):
+            continue
+        forward = name not in BACKWARD_ONLY and _feature_reason(capability, name, problem, version, "forward")
+        reason = _feature_reason(capability, name, problem, version, "backward")
+        support = capability.features.get(name)
+        if reason and (not forward or (support is not None and not support.backward)):
+            found.append(reason)
+    run = _with_lse_column(problem) if problem.lse_grad and not capability.takes_lse_grad(version) else problem
+    for row in capability.rows:
+        forward_too = _row_applies(row, problem, version, flags, "forward")
+        if not forward_too and _row_applies(row, run, version, flags, "backward"):
+            found.append(_row_reason(row, given, run, version))
+    return found
 
 
 def evaluate(
@@ -326,33 +405,9 @@ def evaluate(
 
     Sinks and the gradient of lse are the core's to add, so they are asked of no kernel here beyond a larger head dim.
     """
-    problem = capability.as_run(problem)
-    asked = [name for name in problem.features() if name not in ("sink", "lse_grad")]
-    forward = _static_reasons(capability, problem, version)
-    forward += [
-        r
-        for n in asked
-        if n not in ("bias_grad", "deterministic")
-        if (r := _feature_reason(capability, n, problem, version, "forward"))
-    ]
-    forward += [row.reason for row in capability.rows if _row_applies(row, problem, version, flags, "forward")]
-    backward: list[Reason] = []
-    if problem.needs_backward:
-        told = {r.what for r in forward}
-        backward = _backward_reasons(capability, problem, version)
-        backward += [
-            r
-            for n in asked
-            if FEATURE_NAMES[n] not in told
-            if (r := _feature_reason(capability, n, problem, version, "backward"))
-        ]
-        run = _with_lse_column(problem) if problem.lse_grad and not capability.takes_lse_grad(version) else problem
-        backward += [
-            row.reason
-            for row in capability.rows
-            if _row_applies(row, run, version, flags, "backward")
-            and not _row_applies(row, problem, version, flags, "forward")
-        ]
+    run = capability.as_run(problem)
+    forward = _forward_reasons(capability, problem, run, version, flags)
+    backward = _backward_only_reasons(capability, problem, run, version, flags) if run.needs_backward else []
     if capability.kernel:
         forward = [replace(r, kernel=capability.kernel) for r in forward]
         backward = [replace(r, kernel=capability.kernel) for r in backward]

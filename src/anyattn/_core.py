@@ -6,8 +6,9 @@ lse. Legend: B batch, S seq, H heads, D head_dim, T rows of a packed batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from anyattn._validate import Sizes, validate
 from anyattn.backends import get as get_backend
 
 NEG_INF = float("-inf")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Layout:
 class Prepared:
     """All that a kind of call needs, settled once."""
 
+    request: Request
     explanation: Explanation
     kernel: Kernel
     backend: Backend
@@ -211,8 +214,9 @@ def explain(request: Request, installed: _select.World | None, arch: int | None)
     """Validate a request and choose; for ``explain()``."""
     sizes = validate(request)
     problem = describe_problem(request, sizes, arch_of(request.q.device) if arch is None else arch)
-    world = _select.world() if installed is None else installed
-    return _select.choose(problem, _preference(request), world)
+    if installed is not None:
+        return _select.choose(problem, _preference(request), installed)
+    return _select.choose(problem, _preference(request), _select.world(), _select.refusals_of(request))
 
 
 def _preference(request: Request) -> _select.Preference:
@@ -231,9 +235,10 @@ def prepare(request: Request) -> Prepared:
     sizes = validate(request)
     problem = describe_problem(request, sizes, arch_of(request.q.device))
     preference = _preference(request)
-    explanation = _select.choose(problem, preference, _select.world())
+    refusals = _select.refusals_of(request)
+    explanation = _select.choose(problem, preference, _select.world(), refusals)
     while explanation.forward is not None and not _select.ready(explanation.forward.backend):
-        explanation = _select.choose(problem, preference, _select.world())
+        explanation = _select.choose(problem, preference, _select.world(), refusals)
     kernel = explanation.forward
     if kernel is None:
         raise NoBackend(explanation)
@@ -273,7 +278,8 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         needs_backward=problem.needs_backward,
         bias_grad=problem.bias_grad,
     )
-    dims = (sizes.batch, sizes.seq_q, sizes.seq_k, sizes.num_heads, problem.seqlen_q, problem.seqlen_k)
+    sequences = 1 if request.packing is None else request.packing[0]
+    dims = (sizes.batch, sequences, sizes.seq_q, sizes.seq_k, sizes.num_heads, problem.seqlen_q, problem.seqlen_k)
     gaps_q = packed and _has_gaps(request.packing or (), sizes, sizes.seq_q)
     gaps_k = packed and _has_gaps(keys or (), sizes, sizes.seq_k)
     sanitize = packed and bool((request.packing or (False,))[5] or (keys or (False,))[5]) and not kernel.ignores_gaps
@@ -292,6 +298,7 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         request.autocast is not None, not layout.is_identity, kernel.dims is not None,
     )  # fmt: skip
     return Prepared(
+        request=request,
         explanation=explanation,
         kernel=kernel,
         backend=get_backend(kernel.backend),
@@ -314,9 +321,27 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
     )
 
 
-def refuse(p: Prepared, refused: Refused) -> None:
-    """Remember that the chosen kernel's own check refuses this kind of call: the next choice is another one."""
-    _select.refuse(p.kernel, p.explanation.problem, str(refused))
+def run_accepted(prepare: Callable[[], Prepared], run: Callable[[Prepared], T], drop: Callable[[], None]) -> T:
+    """Run a call on the first kernel whose own check accepts it.
+
+    ``prepare`` chooses, ``drop`` makes it choose anew. What a check says is held against later calls of the same
+    request, unless it says that it speaks of this moment only.
+    """
+    passing: list[Request] = []
+    try:
+        while True:
+            p = prepare()
+            try:
+                return run(p)
+            except Refused as refused:
+                _select.refuse(p.request, p.kernel, str(refused))
+                if not refused.lasting:
+                    passing.append(p.request)
+                drop()
+    finally:
+        for request in passing:
+            _select.forgive(request)
+            drop()
 
 
 # --- forward ---

@@ -20,6 +20,8 @@ _kept: Any = WeakTensorKeyDictionary()
 def derived(rows_q: Rows, rows_k: Rows, key: Hashable, make: Callable[[], T]) -> T:
     """``make()``'s value, kept under ``key`` for as long as the two packings live and are not refilled.
 
+    The value must hold no view of the tables, which would keep them, and itself, for ever.
+
     While a CUDA graph is captured nothing is taken from before or kept for later: what is derived must be part of the
     graph, for it is replayed with other offsets.
     """
@@ -32,6 +34,7 @@ def derived(rows_q: Rows, rows_k: Rows, key: Hashable, make: Callable[[], T]) ->
     now = (table._version, other._version)
     found = values.get(key)
     if found is None or found[0] != now or found[1]() is not other:
-        found = values[key] = (now, weakref.ref(other), make())
+        with torch.inference_mode(False):  # what is made in evaluation serves training too
+            found = values[key] = (now, weakref.ref(other), make())
     value: T = found[2]
     return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,17 +24,6 @@ TARGETS: dict[str, int] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """A kind of call that a kernel's own check has refused."""
-
-    kernel: str
-    problem: Hashable
-    """The ``Problem``."""
-    text: str
-    """What it said, in one line."""
-
-
-@dataclass(frozen=True, slots=True)
 class Probe:
     """What is known of one backend's package without importing it, and what was learned since."""
 
@@ -47,8 +35,6 @@ class Probe:
     """What this very build lacks or does otherwise than its version says, by names that the backend's rows use."""
     note: str = ""
     """What a user should know of this installation; ``explain`` shows it."""
-    refusals: tuple[Refusal, ...] = ()
-    """Kinds of call that a kernel's own check has refused in this process."""
 
 
 def arch_name(arch: int) -> str:

@@ -74,8 +74,16 @@ class Unsupported(AnyattnError, NotImplementedError):
 class Refused(AnyattnError, RuntimeError):
     """A kernel's own check refuses a call that its declaration allows: raised by a backend before anything runs.
 
-    The core takes it as a reason against that kernel, and chooses again: users meet it as a :class:`NoBackend` only.
+    The core takes it as a reason against that kernel, for calls of these very shapes and numbers, and chooses again:
+    users meet it as a :class:`NoBackend` only.
+
+    Attributes:
+        lasting: whether the next such call would be refused too; else it is asked again.
     """
+
+    def __init__(self, text: str, *, lasting: bool = True) -> None:
+        super().__init__(text)
+        self.lasting = lasting
 
 
 class MissingExtra(AnyattnError, ImportError):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from anyattn._call import Call
+from anyattn._errors import Unsupported
+
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -15,18 +19,27 @@ def seeded(call: Call) -> Iterator[None]:
     """Make torch's generator of the call's device start from ``call.seed``, and put it back afterwards.
 
     Without a seed, nothing happens: the kernel draws on. Only the host is involved.
+
+    Raises:
+        Unsupported: while a CUDA graph is captured, which would replay one seed for ever.
     """
     if call.seed is None:
         yield
         return
+    if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise Unsupported(
+            "dropout in a region compiled by torch.compile cannot be captured in a CUDA graph, for its seed is drawn on "
+            "the host: capture the region without torch.compile, or leave out dropout"
+        )
     index = call.q.device.index
-    generator = torch.cuda.default_generators[torch.cuda.current_device() if index is None else index]
-    state = generator.get_state()
-    generator.manual_seed(philox_seed(call.seed))
-    try:
-        yield
-    finally:
-        generator.set_state(state)
+    with _lock:
+        generator = torch.cuda.default_generators[torch.cuda.current_device() if index is None else index]
+        state = generator.get_state()
+        generator.manual_seed(philox_seed(call.seed))
+        try:
+            yield
+        finally:
+            generator.set_state(state)
 
 
 def philox_seed(seed: torch.Tensor) -> int:

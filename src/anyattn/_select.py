@@ -1,6 +1,6 @@
 """The choice of a kernel: pure, cached, and able to explain itself.
 
-``choose(problem, preference, world)`` looks at nothing else. ``Explanation`` is what it returns, what ``explain()``
+``choose(problem, preference, world)`` looks at nothing else. The ``Explanation`` that it returns is what ``explain()``
 shows, and what ``attention()`` acts on.
 """
 
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -20,9 +19,13 @@ from typing import Any
 import torch
 from packaging.version import InvalidVersion, Version
 
-from anyattn._capability import Capability, Reason, evaluate
-from anyattn._environment import Probe, Refusal, flash_override, one_line
+from anyattn._capability import Capability, Reason, device_reason, dims_text, evaluate
+from anyattn._environment import Probe, flash_override, one_line
 from anyattn._errors import InvalidArgument, UnknownBackend
+from anyattn._explanation import NOT_ASKED
+from anyattn._explanation import Explanation as Explanation
+from anyattn._explanation import Kernel as Kernel
+from anyattn._explanation import aligned as aligned
 from anyattn._log import logger
 from anyattn._problem import Problem
 from anyattn.backends import ORDER
@@ -30,94 +33,14 @@ from anyattn.backends import get as get_backend
 
 Preference = tuple[str, ...]
 World = tuple[tuple[str, Probe], ...]
+Refusals = tuple[tuple[str, str], ...]
+"""(kernel, what its own check said) against one request."""
 
 AUTO: Preference = ("auto",)
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """One kernel of one backend, as chosen."""
-
-    backend: str
-    name: str
-    """Empty where the backend has one kernel only."""
-    version: str
-    native_sink: bool = False
-    native_lse_grad: bool = False
-    writes_gaps: bool = False
-    ignores_gaps: bool = False
-    dims: tuple[int, int] | None = None
-    """(head_dim, head_dim_v) that it is run with, where the core pads them to that."""
-    notes: tuple[str, ...] = ()
-    """What a user should know of a call that it runs."""
-    rank: int = 0
-    """As ``Capability.rank_at`` says."""
-
-    def __str__(self) -> str:
-        return f"{self.backend}:{self.name}" if self.name else self.backend
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """Which kernel runs a call, and why each other one does not. ``str()`` is a table.
-
-    Attributes:
-        problem: the kind of call, as the choice saw it.
-        candidates: every kernel that takes it, the preferred first.
-        rejected: for each backend that does not, all its reasons.
-        versions: what was installed, or assumed to be, by backend.
-        passed_over: for each candidate backend, the reasons against its other kernels.
-    """
-
-    problem: Problem
-    candidates: tuple[Kernel, ...]
-    rejected: Mapping[str, tuple[Reason, ...]]
-    versions: Mapping[str, str | None] = field(default_factory=dict)
-    passed_over: Mapping[str, tuple[Reason, ...]] = field(default_factory=dict)
-
-    @property
-    def chosen(self) -> str | None:
-        """The chosen backend's name, or None if nothing takes the call."""
-        return self.candidates[0].backend if self.candidates else None
-
-    @property
-    def forward(self) -> Kernel | None:
-        """The kernel that runs forward."""
-        return self.candidates[0] if self.candidates else None
-
-    @property
-    def backward(self) -> Kernel | None:
-        """The kernel that runs backward, if a gradient is needed."""
-        return self.forward if self.problem.needs_backward else None
-
-    def reasons_text(self) -> str:
-        """Every reason of every rejected backend, a line each."""
-        return "\n".join(f"  {name:<10} {reason}" for name, reasons in self.rejected.items() for reason in reasons)
-
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = []
-        for kernel in self.candidates:
-            state = "chosen" if kernel == self.forward else "able"
-            rows.append((str(kernel), state, "; ".join((kernel.version, *kernel.notes))))
-        for name, reasons in (*self.passed_over.items(), *self.rejected.items()):
-            for r in reasons:
-                rows.append((f"{name}:{r.kernel}" if r.kernel else name, "rejected", str(replace(r, kernel=""))))
-        verdict = f"{self.forward} {self.forward.version} runs" if self.forward else "No backend takes"
-        return "\n".join([f"{verdict} {self.problem}", *aligned(rows)])
-
-
-def aligned(rows: Sequence[tuple[str, ...]], width: int = 120) -> list[str]:
-    """Rows as the lines of a plain table: columns aligned, the last one wrapped under itself."""
-    last = max((len(row) for row in rows), default=1) - 1
-    widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(last)]
-    lines = []
-    for row in rows:
-        head = "  " + "".join(cell.ljust(w) + "  " for cell, w in zip(row[:last], widths, strict=False))
-        tail = row[last] if len(row) > last else ""
-        wrapped = textwrap.wrap(tail, max(40, width - len(head)), break_long_words=False, break_on_hyphens=False)
-        lines.append((head + (wrapped[0] if wrapped else "")).rstrip())
-        lines += [" " * len(head) + line for line in wrapped[1:]]
-    return lines
+#: The oldest torch that anyattn requires, as pyproject.toml says.
+LEAST_TORCH = "2.11"
 
 
 # --- what the caller prefers ---
@@ -210,7 +133,8 @@ def _using(parsed: Preference) -> Iterator[None]:
 
 _broken: dict[str, str] = {}
 _learned: dict[str, frozenset[str]] = {}
-_refusals: dict[str, tuple[Refusal, ...]] = {}
+#: By request: what kernels' own checks have said against it.
+_refusals: dict[Hashable, Refusals] = {}
 
 #: What depends on the world besides ``choose``, which takes it as an argument: emptied when the world is forgotten.
 caches: list[dict[Any, Any]] = []
@@ -235,8 +159,8 @@ def amended(name: str, probe: Probe) -> Probe:
     """A probe with what was learned in this process: by importing the kernel, and from its own checks."""
     if name in _broken:
         return replace(probe, problem=_broken[name])
-    flags, refusals = _learned.get(name, frozenset()), _refusals.get(name, ())
-    return replace(probe, flags=probe.flags | flags, refusals=refusals) if flags or refusals else probe
+    flags = _learned.get(name)
+    return replace(probe, flags=probe.flags | flags) if flags else probe
 
 
 def assumed_world(assume: Mapping[str, str | None] | None, *, newest: bool) -> World:
@@ -248,18 +172,27 @@ def assumed_world(assume: Mapping[str, str | None] | None, *, newest: bool) -> W
         if version is not None:
             _check_version(name, version)
     base = {n: Probe(get_backend(n).NEWEST) for n in ORDER} if newest else dict(world())
-    base.update({n: Probe(v, "" if v else "assumed absent") for n, v in assume.items()})
+    base.update({n: _assumed(n, v) for n, v in assume.items()})
     return tuple(base.items())
+
+
+def _assumed(name: str, version: str | None) -> Probe:
+    newest = get_backend(name).NEWEST
+    newer = version is not None and Version(version) > Version(newest)
+    return Probe(version, note=f"newer than any known ({newest})" if newer else "")
 
 
 def _check_version(name: str, version: str) -> None:
     try:
-        Version(version)
+        found = Version(version)
     except (InvalidVersion, TypeError):
         raise InvalidArgument(
             f"assume gives {name} the version {version!r}, which is none; use one like {get_backend(name).NEWEST!r}, "
             "or None for not installed"
         ) from None
+    of_torch = all(c.package == "torch" for c in get_backend(name).CAPABILITIES)
+    if of_torch and found.release < Version(LEAST_TORCH).release:
+        raise InvalidArgument(f"assume gives {name} the version {version}, and anyattn requires torch >= {LEAST_TORCH}")
 
 
 def forget_world() -> None:
@@ -299,31 +232,45 @@ def ready(name: str) -> bool:
     return load(name) and world() == before
 
 
-def refuse(kernel: Kernel, problem: Problem, text: str) -> None:
-    """Hold a kernel's own refusal of a kind of call against it from now on."""
-    global _world
-    logger.info("%s refuses %s: %s", kernel, problem, text)
-    _refusals[kernel.backend] = (*_refusals.get(kernel.backend, ()), Refusal(kernel.name, problem, text))
-    _world = None
-    for cache in caches:
-        cache.clear()
+def refusals_of(request: Hashable) -> Refusals:
+    """What kernels' own checks have said against a request."""
+    return _refusals.get(request, ())
+
+
+def refuse(request: Hashable, kernel: Kernel, text: str) -> None:
+    """Hold a kernel's own refusal against it, for requests like this one."""
+    logger.info("%s refuses a call: %s", kernel, text)
+    if len(_refusals) >= 4096:
+        _refusals.clear()
+    _refusals[request] = (*refusals_of(request), (str(kernel), text))
+
+
+def forgive(request: Hashable) -> None:
+    """Let every kernel be asked again."""
+    _refusals.pop(request, None)
 
 
 # --- the choice ---
 
 
-def _judge(name: str, kernels: set[str] | None, problem: Problem, probe: Probe) -> tuple[list[Kernel], list[Reason]]:
+_CHECK = "the kernel's own check"
+
+
+def _judge(
+    name: str, kernels: set[str] | None, problem: Problem, probe: Probe, refusals: Refusals
+) -> tuple[list[Kernel], list[Reason]]:
     """The kernels of one backend that take the problem, and all reasons of those that do not."""
     backend = get_backend(name)
     if probe.version is None or probe.problem:
         got = f"{probe.version}: {probe.problem}" if probe.version else (probe.problem or "not installed")
-        return [], [Reason("installation", f"{backend.TITLE}", got, backend.INSTALL)]
+        text = f"{backend.TITLE}: {got}"
+        return [], [Reason("installation", backend.TITLE, got, backend.INSTALL, text=text), *_elsewhere(name, problem)]
     able, reasons = [], []
     for capability in backend.CAPABILITIES:
         if kernels is not None and capability.kernel not in kernels:
             continue
         forward, backward = evaluate(capability, problem, probe.version, probe.flags)
-        forward += _refused(capability, problem, probe)
+        forward += _refused(name, capability, refusals)
         if forward or backward:
             reasons += [*forward, *backward]
         else:
@@ -331,11 +278,25 @@ def _judge(name: str, kernels: set[str] | None, problem: Problem, probe: Probe) 
     return able, reasons
 
 
-def _refused(capability: Capability, problem: Problem, probe: Probe) -> list[Reason]:
+def _elsewhere(name: str, problem: Problem) -> list[Reason]:
+    """Why installing a backend would not help: none of its kernels is for this device."""
+    found = [device_reason(capability, problem) for capability in get_backend(name).CAPABILITIES]
+    return [replace(r, kernel="") for r in found[:1] if r is not None and all(found)]
+
+
+def _refused(name: str, capability: Capability, refusals: Refusals) -> list[Reason]:
+    kernel = f"{name}:{capability.kernel}" if capability.kernel else name
     return [
-        Reason("the kernel's own check", "a call that it accepts", r.text, "choose another backend", capability.kernel)
-        for r in probe.refusals
-        if r.kernel == capability.kernel and r.problem == problem
+        Reason(
+            _CHECK,
+            "a call that it accepts",
+            said,
+            "choose another backend",
+            capability.kernel,
+            text=f"{_CHECK}: {said}",
+        )
+        for refused, said in refusals
+        if refused == kernel
     ]
 
 
@@ -346,8 +307,8 @@ def _kernel(name: str, capability: Capability, problem: Problem, probe: Probe) -
     dims = None
     if run is not problem:
         dims = (run.head_dim, run.head_dim_v)
-        given, used = (f"{d}/{v}" if d != v else str(d) for d, v in ((problem.head_dim, problem.head_dim_v), dims))
-        notes.append(f"head_dim {given} is padded with zeros to {used}")
+        given = dims_text(problem.head_dim, problem.head_dim_v)
+        notes.append(f"head_dim {given} is padded with zeros to {dims_text(*dims)}")
     return Kernel(
         name,
         capability.kernel,
@@ -380,7 +341,9 @@ def _expand(preference: Preference) -> list[tuple[str, set[str] | None]]:
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: Problem, preference: Preference, installed: World) -> Explanation:
+def choose(
+    problem: Problem, preference: Preference, installed: World, refusals: Refusals = ()
+) -> Explanation:  # fmt: skip
     """Choose a kernel. Pure: the same arguments give the same answer."""
     probes = dict(installed)
     candidates: list[Kernel] = []
@@ -388,7 +351,7 @@ def choose(problem: Problem, preference: Preference, installed: World) -> Explan
     passed_over: dict[str, tuple[Reason, ...]] = {}
     allowed = _expand(preference)
     for name, kernels in allowed:
-        able, reasons = _judge(name, kernels, problem, probes[name])
+        able, reasons = _judge(name, kernels, problem, probes[name], refusals)
         candidates += able
         if not able:
             rejected[name] = tuple(reasons)
@@ -398,8 +361,8 @@ def choose(problem: Problem, preference: Preference, installed: World) -> Explan
     candidates.sort(key=lambda k: _rank(preference, k))
     for name in ORDER:
         if name not in named:
-            asked = " or ".join(preference)
-            rejected[name] = (Reason("backend", f"backend={name!r} or 'auto'", asked, "name it, or leave backend out"),)
+            needs, asked = f"backend={name!r} or 'auto'", ",".join(preference)
+            rejected[name] = (Reason(NOT_ASKED, needs, asked, "name it, or leave backend out"),)
     explanation = Explanation(
         problem,
         tuple(candidates),

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from anyattn._capability import FAMILY_NAMES, FEATURE_NAMES, Capability, HeadDims, Row, Support
+from anyattn._capability import BACKWARD_ONLY, FAMILY_NAMES, FEATURE_NAMES, Capability, HeadDims, Row, Support
 from anyattn.backends import ORDER, get
 
 #: Features that the core gives to every kernel: from out and lse, or through one more column of v.
 _FROM_CORE = ("sink", "lse_grad")
-#: Features that only a backward has.
-_BACKWARD_ONLY = ("bias_grad", "lse_grad", "deterministic")
 _ANY_DIM = 1 << 16
 
 #: What the words in the cells mean, in the order in which they are explained.
@@ -86,9 +84,9 @@ def support_rows() -> list[SupportRow]:
 def _cell(capability: Capability, feature: str) -> str:
     support = Support() if feature in _FROM_CORE else capability.features.get(feature)
     forward_only = support is not None and (not support.backward or capability.backward_families == ())
-    if support is None or (forward_only and feature in _BACKWARD_ONLY):
+    if support is None or (forward_only and feature in BACKWARD_ONLY):
         return "no"
-    if feature in _BACKWARD_ONLY:
+    if feature in BACKWARD_ONLY:
         since, later = support.backward_since or support.since, None
         families, fewer = support.backward_families or support.families, None
     else:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from anyattn import _core, _select
-from anyattn._call import Rows, Saved
+from anyattn._call import Result, Rows, Saved
 from anyattn._core import Inputs, Prepared
 from anyattn._environment import flash_override
-from anyattn._errors import PackingError, Refused
+from anyattn._errors import PackingError
 from anyattn._packing import Packing, build_table, host_of_table, rows_of_table
 from anyattn._request import Meta, Request, Tensors, is_block_mask
 
@@ -56,8 +56,10 @@ def attention(
         q, k, v = q.transpose(*swap), k.transpose(*swap), v.transpose(*swap)
     if is_block_mask(t.mask):  # no custom op takes its function
         from anyattn._traced_block_mask import attention as with_block_mask
+        from anyattn._traced_block_mask import check_values
 
         t = t._replace(q=q, k=k, v=v)
+        check_values(t, causal, window, softcap, layout)
         got = with_block_mask(t, causal, window, scale, softcap, dropout, backend, deterministic, return_lse)
         if swap is None:
             return got
@@ -72,7 +74,7 @@ def attention(
     given = scale is not None, softcap is not None
     # Drawn here, where activation checkpointing keeps it the same in the recomputation; on the host, for kernels whose
     # generator only the host can set.
-    seed = torch.randint(-(1 << 62), 1 << 62, (2,), dtype=torch.int64) if dropout else None
+    seed = torch.randint(-(1 << 62), 1 << 62, (2,), dtype=torch.int64, device="cpu") if dropout else None
     static = repr((
         causal, "bshd" if swap is not None else layout, given,
         backend if isinstance(backend, str) else tuple(backend), preference, deterministic,
@@ -191,6 +193,8 @@ def _rows(x: Tensor, table: Tensor | None, sizes: list[int], gaps: bool) -> Rows
 
 
 _prepared: dict[Request, Prepared] = {}
+#: What forward ran last for a request: backward must not choose anew, whatever has become of the choice since.
+_ran: dict[Request, Prepared] = {}
 _select.caches.append(_prepared)
 
 
@@ -201,6 +205,11 @@ def _prepare(request: Request) -> Prepared:
             _prepared.clear()
         prepared = _prepared[request] = _core.prepare(request)
     return prepared
+
+
+def _drop(request: Request) -> None:
+    """Choose anew for a request."""
+    _prepared.pop(request, None)
 
 
 def _inputs(
@@ -248,15 +257,18 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static)
     x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k, seed)
-    while True:
-        p = _prepare(request)
-        enter, layout = p.layout.enter, p.layout
-        call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
-        try:
-            out, lse, rng, _ = _core.forward(p, call, sink)
-            break
-        except Refused as refused:
-            _core.refuse(p, refused)
+
+    def run(p: Prepared) -> tuple[Prepared, Result]:
+        enter = p.layout.enter
+        return p, _core.forward(
+            p, _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x), sink
+        )  # fmt: skip
+
+    p, (out, lse, rng, _) = _core.run_accepted(lambda: _prepare(request), run, lambda: _drop(request))
+    if len(_ran) >= 4096:
+        _ran.clear()
+    _ran[request] = p
+    layout = p.layout
     lse = out.new_empty(_lse_shape(q), dtype=p.lse_dtype) if lse is None else layout.leave_lse(lse).contiguous()
     rng = out.new_empty(2, dtype=torch.int64) if rng is None else rng.to(out.device, non_blocking=True, copy=True)
     return layout.leave(out).contiguous(), lse, rng
@@ -313,7 +325,7 @@ def _backward_op(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static)
-    p = _prepare(request)
+    p = _ran.get(request) or _prepare(request)
     x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k, seed)
     enter, layout = p.layout.enter, p.layout
     call = _core.make_call(p, enter(q), enter(k), enter(v), None, _four_dims(bias), x)

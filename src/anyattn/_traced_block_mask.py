@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anyattn import _select
 from anyattn._call import Call, Rows, Spec
-from anyattn._errors import ShapeError, Unsupported
+from anyattn._errors import InvalidArgument, PackingError, ShapeError, Unsupported
 from anyattn._packing import Packing, rows_of_table
 from anyattn._request import Tensors
 from anyattn.backends import ORDER, get
@@ -64,7 +64,7 @@ def attention(
     if rows_q is not None:
         entries = entries_of(call)
         q, k, v = (x.unflatten(0, (entries, x.shape[0] // entries)) for x in (q, k, v))
-    if run.terms.tag_q is not None and run.terms.tag_k is not None and t.packing is not None and t.packing.sanitize:
+    if run.terms.tag_q is not None and run.terms.tag_k is not None and _sanitize(t):
         q, k, v = _cleaned(q, run.terms.tag_q), _cleaned(k, run.terms.tag_k), _cleaned(v, run.terms.tag_k)
     out, lse = attend(run.kind, q, k, v, run.terms, run.tables, run.own)
     if t.sink is not None and lse is not None:
@@ -73,6 +73,10 @@ def attention(
         out = _cleaned(out, run.terms.tag_q)
         lse = None if lse is None else torch.where((run.terms.tag_q >= 0)[:, None], lse, -torch.inf)
     return _left(out, lse if return_lse else None, t.q, batch)
+
+
+def _sanitize(t: Tensors) -> bool:
+    return any(p is not None and p.sanitize for p in (t.packing, t.packing_kv))
 
 
 def _left(out: Tensor, lse: Tensor | None, q: Tensor, batch: int) -> Any:
@@ -138,6 +142,41 @@ def _check(t: Tensors, dropout: float, backend: Any, deterministic: bool, return
         _refuse("it takes float16, bfloat16 and float32, and a head_dim of at most 256")
     if deterministic and gradient and t.bias is not None and t.bias.requires_grad:
         _refuse("its gradient of bias is not deterministic")
+
+
+def check_values(t: Tensors, causal: Any, window: Any, softcap: float | None, layout: str | None) -> None:
+    """What ``validate`` checks of a request, in terms that can be traced."""
+    if layout not in (None, "bshd", "sbhd", "bhsd", "thd"):
+        raise InvalidArgument(f"unknown layout {layout!r}; allowed: bshd, sbhd, bhsd, thd")
+    if causal not in (None, False, True, "top_left"):
+        raise InvalidArgument(f'causal must be True, False, None or "top_left", got {causal!r}')
+    for side in window or ():
+        if side is not None and side < 0:
+            raise InvalidArgument(f"window must be (left, right) of ints >= 0 or None, got {window}")
+    if softcap is not None and softcap < 0:
+        raise InvalidArgument(f"softcap must be positive, got {softcap}")
+    q, k = t.q, t.k
+    heads = q.shape[-2]
+    if t.sink is not None and tuple(t.sink.shape) != (heads,):
+        raise ShapeError(f"sink must be ({heads},), one per head, got {tuple(t.sink.shape)}")
+    sequences = q.shape[0] if t.packing is None else t.packing._facts.sequences
+    if t.alibi_slopes is not None and tuple(t.alibi_slopes.shape) not in ((heads,), (sequences, heads)):
+        raise ShapeError(
+            f"alibi_slopes must be ({heads},) or ({sequences}, {heads}), got {tuple(t.alibi_slopes.shape)}"
+        )
+    if t.bias is not None and (q.ndim == 3 or t.bias.ndim > 4):
+        raise ShapeError("bias must be broadcastable to (batch, num_heads, seq_q, seq_k), and goes with 4-D tensors")
+    if t.bias is not None:
+        full = (q.shape[0], heads, q.shape[1], k.shape[1])
+        for given, wanted in zip(t.bias.shape[::-1], full[::-1], strict=False):
+            if given not in (1, wanted):
+                raise ShapeError(f"bias must be broadcastable to {full}, got {tuple(t.bias.shape)}")
+    for x, packing in ((q, t.packing), (k, t.packing_kv or t.packing)):
+        if packing is not None and x.ndim == 4 and packing._facts.sequences != x.shape[0]:
+            raise PackingError(
+                f"with 4-D tensors sequence i lies in batch entry i: the packing has {packing._facts.sequences} "
+                f"sequences, the batch {x.shape[0]} entries"
+            )
 
 
 def _refuse(why: str) -> None:

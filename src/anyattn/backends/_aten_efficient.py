@@ -282,5 +282,5 @@ def _dropout_state(call: Call, saved: Saved) -> _State:
             'capture both, or use backend="torch:flash"'
         )
     if rng.is_cuda and not capturing:  # under torch.compile its value is known; else forward was captured, alone
-        rng = rng.cpu() if call.seed is None else torch.tensor([philox_seed(call.seed), 0])
+        rng = rng.cpu() if call.seed is None else torch.tensor([philox_seed(call.seed), 0], device="cpu")
     return rng[0], rng[1]

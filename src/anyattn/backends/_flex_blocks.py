@@ -66,7 +66,7 @@ def sides(rows_q: Rows, rows_k: Rows, entries: int, len_q: int, len_k: int, top_
 
 
 def _side(rows: Rows, entries: int, size: int) -> Side:
-    begin, length = rows.starts[:-1], rows.lengths
+    begin, length = rows.starts[:-1].clone(), rows.lengths.clone()  # kept by derived(): no views of the table
     row = torch.arange(entries * size, dtype=torch.int32, device=begin.device).view(entries, size)
     found = torch.searchsorted(begin.contiguous(), row, right=True, out_int32=True) - 1
     sequence = found.clamp(min=0)

@@ -79,7 +79,7 @@ def attend(
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
     if not torch.compiler.is_compiling():
-        raise Refused("torch.compile is switched off in this process, and FlexAttention needs it")
+        raise Refused("torch.compile is switched off at this moment, and FlexAttention needs it", lasting=False)
     dim_v, heads = v.shape[-1], q.shape[-2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if kind.cuda:
@@ -193,16 +193,25 @@ def compiled(kind: Kind, q: Tensor, k: Tensor, v: Tensor, own: MaskMod | None, g
     lengths; those of the CPU for these, since its code generator takes no symbolic sizes where tensors are captured
     (torch 2.13 substitutes one symbol's name within another's).
     """
+    key = _key(kind, q, k, v, own, grad)
+    function = _compiled.get(key)
+    if function is None:
+        function = _compiled[key] = torch.compile(_entry(kind), dynamic=kind.cuda, fullgraph=True)
+    return function
+
+
+def forget(kind: Kind, q: Tensor, k: Tensor, v: Tensor, own: MaskMod | None, grad: bool) -> None:
+    """Compile the kind anew at its next call."""
+    _compiled.pop(_key(kind, q, k, v, own, grad), None)
+
+
+def _key(kind: Kind, q: Tensor, k: Tensor, v: Tensor, own: MaskMod | None, grad: bool) -> tuple[Any, ...]:
     dims = (q.dtype, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1])
     if kind.cuda:
         sizes: tuple[Any, ...] = (q.shape[0] > 1, q.shape[1] > 128, k.shape[1] > 128)  # sizes of 1 become constants
     else:
         sizes = (*q.shape, *k.shape)
-    key = (kind, dims, sizes, grad, getattr(own, "__code__", own if own is None else type(own)))
-    function = _compiled.get(key)
-    if function is None:
-        function = _compiled[key] = torch.compile(_entry(kind), dynamic=kind.cuda, fullgraph=True)
-    return function
+    return kind, dims, sizes, grad, getattr(own, "__code__", own if own is None else type(own))
 
 
 def _entry(kind: Kind) -> Any:

@@ -298,6 +298,8 @@ def _shapes(call: Call) -> _Shapes:
     if not spec.sees_key and spec.right != 0 and (spec.right or spec.left is not None):
         max_k += max_q
     gapped = q.gaps or k.gaps
+    if gapped and _lse_is_padded:  # a gap may be longer: the kernel writes lse of whole blocks, of at most 128 rows
+        max_q = -(-max_q // 128) * 128
     cu_q, cu_k = (q.as_queries, k.as_keys) if gapped else (q.starts, k.starts)
     check_batch(cu_q.shape[0] - 1)
     return _Shapes(cu_q, cu_k, max_q, max_k)

@@ -293,7 +293,8 @@ def load() -> None:
     caller's. Compiled kernels are kept on disk (``kernel_cache``), which the package itself does only when asked.
     """
     global _raw_forward, _raw_backward, _aligns_itself
-    os.environ.setdefault(_CACHE_SWITCH, "1" if _is_ours(kernel_cache()) else "0")
+    folder = kernel_cache()
+    os.environ.setdefault(_CACHE_SWITCH, "1" if folder and _is_ours(folder) else "0")
     if kernel_cache() and "ANYATTN_CACHE_DIR" in os.environ:
         os.environ.setdefault(_CACHE_FOLDER, os.path.join(os.environ["ANYATTN_CACHE_DIR"], NAME))
     path = list(sys.path)
@@ -332,7 +333,10 @@ def kernel_cache() -> str | None:
         return os.environ[_CACHE_FOLDER]
     if "ANYATTN_CACHE_DIR" in os.environ:
         return os.path.join(os.environ["ANYATTN_CACHE_DIR"], NAME)
-    return os.path.join(tempfile.gettempdir(), getpass.getuser(), "flash_attention_cute_dsl_cache")
+    try:
+        return os.path.join(tempfile.gettempdir(), getpass.getuser(), "flash_attention_cute_dsl_cache")
+    except (KeyError, OSError):  # a user without a name, as in containers: the package finds no folder either
+        return None
 
 
 def forward(call: Call) -> Result:

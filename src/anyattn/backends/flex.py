@@ -31,7 +31,7 @@ from anyattn._environment import Probe, module_exists, one_line, torch_version
 from anyattn._errors import Refused
 from anyattn._problem import Problem
 from anyattn.backends._flex_call import entries_of, run_of, spanned
-from anyattn.backends._flex_compiled import compiled, kernel_options
+from anyattn.backends._flex_compiled import compiled, forget, kernel_options
 from anyattn.backends._flex_tiles import shrink, tile_options
 
 NAME = "flex"
@@ -192,6 +192,8 @@ def _compiled_call(call: Call, q: Tensor, k: Tensor, v: Tensor, lse: bool, bias:
     function = compiled(run.kind, q, k, v, run.own, torch.is_grad_enabled())
     try:
         return function(q, k, v, run.terms, run.tables, run.own)
+    except torch._dynamo.exc.FailOnRecompileLimitHit:  # many masks of one function: a new code object has a new count
+        forget(run.kind, q, k, v, run.own, torch.is_grad_enabled())
     except Exception as error:
         if not _does_not_compile(error):
             raise

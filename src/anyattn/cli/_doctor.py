@@ -173,10 +173,10 @@ def _kept_table(kept: dict[str, str]) -> Iterator[RenderableType]:
 
 
 def _backend_table(statuses: BackendTable) -> Table:
-    rows = [
-        (s.name, s.version or "-", "yes" if s.runs_here else "no", "" if s.runs_here else s.reason, s.title)
-        for s in statuses.values()
-    ]
+    rows = []
+    for s in statuses.values():
+        why = s.reason if s.version else f"{s.reason}: {s.install}"
+        rows.append((s.name, s.version or "-", "yes" if s.runs_here else "no", "" if s.runs_here else why, s.title))
     return _render.table(("backend", "version", "runs here", "why not", "what it is"), rows)
 
 

@@ -16,7 +16,6 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 import anyattn
-from anyattn._capability import Reason
 from anyattn._environment import TARGETS
 from anyattn._errors import InvalidArgument
 from anyattn._packing import Packing
@@ -246,24 +245,15 @@ def _said(w: Words, arguments: dict[str, Any]) -> str:
     return ", ".join([*words, "forward and backward" if w.grad else "forward only"])
 
 
-def _reasons(explanation: Explanation) -> Iterator[tuple[str, Reason]]:
-    """Every reason with the kernel it speaks of, the more preferred backends first."""
-    found = {**explanation.passed_over, **explanation.rejected}
-    order = [*explanation.versions, *found]
-    for backend in sorted(found, key=order.index):
-        for reason in found[backend]:
-            yield (f"{backend}:{reason.kernel}" if reason.kernel else backend), reason
-
-
 def _rows(explanation: Explanation) -> Iterator[tuple[str, str, str, str, str]]:
     for place, kernel in enumerate(explanation.candidates):
-        yield str(kernel), "able" if place else "chosen", kernel.version, "", ""
+        yield str(kernel), "able" if place else "chosen", kernel.version, "; ".join(explanation.notes(kernel)), ""
     before = ""
-    for name, reason in _reasons(explanation):
+    for name, reason in explanation.told():
         version = explanation.versions.get(name.partition(":")[0]) or "-"
         head = ("", "", "") if name == before else (name, "rejected", version)
         link = f" ({reason.link})" if reason.link else ""
-        yield *head, f"{reason.what}: needs {reason.needs}, got {reason.got}{link}", reason.remedy
+        yield *head, f"{reason.detail}{link}", reason.remedy
         before = name
 
 
@@ -284,14 +274,18 @@ def _world(on: str | None, assume: dict[str, str | None] | None, arch: int) -> s
 
 def _data(explanation: Explanation, said: str) -> dict[str, Any]:
     """What --json prints."""
-    rejected: dict[str, list[dict[str, str]]] = {}
-    for name, reason in _reasons(explanation):
-        rejected.setdefault(name, []).append(dataclasses.asdict(reason))
+    rejected = {
+        name: [dataclasses.asdict(reason) | {"text": reason.detail} for reason in reasons]
+        for name, reasons in explanation.reasons()
+    }
     return {
         "asked": said,
         "problem": dataclasses.asdict(explanation.problem),
         "chosen": explanation.chosen,
-        "candidates": [{"kernel": str(k), "version": k.version} for k in explanation.candidates],
+        "candidates": [
+            {"kernel": str(k), "version": k.version, "notes": list(explanation.notes(k))}
+            for k in explanation.candidates
+        ],
         "rejected": rejected,
         "versions": dict(explanation.versions),
     }
@@ -390,7 +384,7 @@ def explain(
     if as_json:
         _render.show_json(_data(found, said))
     else:
-        head = ("kernel", "verdict", "version", "why not", "what would lift it")
+        head = ("kernel", "verdict", "version", "why not, or a note", "what would lift it")
         _render.show(
             f"{said}.",
             _world(on, assumed, found.problem.arch),
@@ -398,6 +392,8 @@ def explain(
             _render.heading(_verdict(found)),
             "",
             _render.table(head, _rows(found)),
+            *([""] if found.closing() else []),
+            *found.closing(),
         )
     if found.chosen is None:
         raise typer.Exit(1)
