@@ -98,7 +98,7 @@ def test_the_page_about_adding_a_backend_works(tmp_path: Path) -> None:
     ran, refused = clone.python(example).split("\nNo backend takes ")
     assert ran.startswith("toy ")
     assert "head_dim 20 is padded with zeros to 24" in ran
-    assert "toy        rejected  softcap" in refused
+    assert "toy  rejected  softcap: this kernel does not have it" in refused
 
     assert int(clone.python(TESTS_OF_THE_TOY)) > 10
 

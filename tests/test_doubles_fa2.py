@@ -77,7 +77,7 @@ def test_nothing_is_asked_that_is_refused_on_other_gpus(version: str, on: str) -
         ("sm90", "2.6.1", {"scores": "softcap"}, "softcap in backward: flash-attn >= 2.6.2"),
         ("sm90", "2.3.6", {"scores": "alibi"}, "ALiBi: flash-attn >= 2.4.0"),
         ("sm90", "2.3.6", {"scores": "alibi_sequences", "form": "thd"}, "ALiBi slopes per sequence: flash-attn >="),
-        ("sm90", "2.4.0", {"asks": "deterministic"}, "a deterministic backward in backward: flash-attn >= 2.4.1"),
+        ("sm90", "2.4.0", {"asks": "deterministic"}, "a deterministic backward: flash-attn >= 2.4.1"),
         ("sm90", "2.3.3", {"form": "thd_gaps"}, "flash-attn >= 2.3.4"),
         ("sm90", "2.3.3", {"form": "thd", "relation": "any"}, "flash-attn >= 2.3.4"),
         ("sm86", "2.5.4", {"dims": "256"}, "flash-attn >= 2.5.5"),

@@ -480,4 +480,5 @@ def _status(name: str, arch: int) -> BackendStatus:
     families = {family for c in backend.CAPABILITIES for family in c.families}
     if not reason and arch // 10 not in families:
         reason = f"has no kernel for {_environment.arch_name(arch)}"
+    reason = reason or _select.barred(name, arch)
     return BackendStatus(name, backend.TITLE, probe.version, not reason, reason, backend.INSTALL)

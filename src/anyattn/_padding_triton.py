@@ -33,6 +33,36 @@ def _fill(
 
 
 @triton.jit
+def _zero(x, row_stride, width, row, inside, BLOCK_C: tl.constexpr):
+    """Write zeros into some rows of a tensor whose rows have no gaps within."""
+    for start in range(0, width, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        offset = row.to(tl.int64)[:, None] * row_stride + c.to(tl.int64)[None, :]
+        zeros = tl.zeros(offset.shape, x.dtype.element_ty)
+        tl.store(x + offset, zeros, mask=inside[:, None] & (c < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_sequences", "total_rows"])
+def _zero_gaps(
+    starts, lengths, num_sequences, total_rows, a, a_row, a_width, b, b_row, b_width, c, c_row, c_width,
+    TENSORS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """As ``_fill_gaps``, for one to three tensors and zeros alone: every argument costs the host a microsecond."""
+    gap = tl.program_id(0)
+    before = gap > 0
+    begin = tl.load(starts + gap - 1, mask=before, other=0) + tl.load(lengths + gap - 1, mask=before, other=0)
+    end = tl.minimum(tl.load(starts + gap, mask=gap < num_sequences, other=total_rows), total_rows)
+    for first in range(begin + tl.program_id(1) * BLOCK_R, end, tl.num_programs(1) * BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        inside = row < end
+        _zero(a, a_row, a_width, row, inside, BLOCK_C)
+        if TENSORS > 1:
+            _zero(b, b_row, b_width, row, inside, BLOCK_C)
+        if TENSORS > 2:
+            _zero(c, c_row, c_width, row, inside, BLOCK_C)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "total_rows"])
 def _fill_gaps(
     starts, lengths, num_sequences, total_rows,
     a, a_row, a_head, a_heads, a_dim, a_value,
@@ -59,18 +89,41 @@ def _strides(x: Tensor, rows_dim: int) -> tuple[int, int, int, int]:
     return x.stride(0), x.stride(1), x.shape[1], x.shape[2]
 
 
+def _is_plain(fill: Fill) -> bool:
+    """Zeros, in (rows, heads, dim) whose rows have no gaps within."""
+    x, rows_dim, value = fill
+    return rows_dim == 0 and value == 0.0 and x.stride(1) == x.shape[2] and x.stride(2) == 1
+
+
+def _grid(rows: Rows, total: int) -> tuple[int, int]:
+    gaps = rows.lengths.shape[0] + 1
+    return gaps, max(1, min(triton.cdiv(total, 8), _PROGRAMS // gaps))
+
+
+def _zero_all(rows: Rows, tensors: list[Tensor]) -> None:
+    total, count = tensors[0].shape[0], len(tensors)
+    a, b, c = (tensors * 3)[:3]
+    _zero_gaps[_grid(rows, total)](
+        rows.starts, rows.lengths, rows.lengths.shape[0], total,
+        a, a.stride(0), a.shape[1] * a.shape[2], b, b.stride(0), b.shape[1] * b.shape[2],
+        c, c.stride(0), c.shape[1] * c.shape[2], TENSORS=count, BLOCK_R=8, BLOCK_C=1024, num_warps=4,
+    )  # fmt: skip
+
+
 def fill_gaps(rows: Rows, fills: tuple[Fill, ...]) -> None:
-    """One launch for one or two tensors with the same rows; see ``_padding.fill_gaps``."""
+    """One launch, for up to three tensors with the same rows; see ``_padding.fill_gaps``."""
+    if len(fills) <= 3 and all(map(_is_plain, fills)):
+        if fills[0][0].shape[0]:
+            _zero_all(rows, [x for x, _, _ in fills])
+        return
     for first in range(0, len(fills), 2):
         (a, a_dim, a_value), *rest = fills[first : first + 2]
         b, b_dim, b_value = rest[0] if rest else (a, a_dim, a_value)
         total = a.shape[a_dim]
         if total == 0:
             continue
-        gaps = rows.lengths.shape[0] + 1
-        share = max(1, min(triton.cdiv(total, 8), _PROGRAMS // gaps))
         of_a, of_b = _strides(a, a_dim), _strides(b, b_dim)
-        _fill_gaps[(gaps, share)](
-            rows.starts, rows.lengths, gaps - 1, total, a, *of_a, a_value, b, *of_b, b_value, HAS_B=bool(rest),
+        _fill_gaps[_grid(rows, total)](
+            rows.starts, rows.lengths, rows.lengths.shape[0], total, a, *of_a, a_value, b, *of_b, b_value, HAS_B=bool(rest),
             A_DENSE=of_a[1] == of_a[3], B_DENSE=of_b[1] == of_b[3], BLOCK_R=8, BLOCK_C=1024, num_warps=4,
         )  # fmt: skip

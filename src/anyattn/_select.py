@@ -27,7 +27,7 @@ from anyattn._explanation import Explanation as Explanation
 from anyattn._explanation import Kernel as Kernel
 from anyattn._explanation import aligned as aligned
 from anyattn._log import logger
-from anyattn._problem import Problem
+from anyattn._problem import Form, Problem
 from anyattn.backends import ORDER
 from anyattn.backends import get as get_backend
 
@@ -224,6 +224,21 @@ def load(name: str) -> bool:
     if flags:
         _learned[name], _world = flags, None
     return True
+
+
+def barred(name: str, arch: int) -> str:
+    """Why this build runs nothing on a device that its kernels are for; empty if one of them takes a plain call."""
+    backend, probe = get_backend(name), dict(world())[name]
+    found: list[Reason] = []
+    for capability in backend.CAPABILITIES:
+        if arch // 10 in capability.families:
+            form: Form = "dense" if "dense" in capability.features else "packed"
+            plain = Problem(arch, capability.dtypes[0], form, 64, 64, 4, 4, 128, 128, "equal")
+            forward, _ = evaluate(capability, plain, probe.version, probe.flags)
+            if not forward:
+                return ""
+            found += forward
+    return f"{found[0].detail}; {found[0].remedy}" if found else ""
 
 
 def ready(name: str) -> bool:
