@@ -134,22 +134,26 @@ def _others(got: Figures) -> str:
 
 
 def _outcomes(name: str) -> Iterator[str]:
-    """How the tests of the newest run on a GPU ended."""
+    """How the tests of the newest run on a GPU ended, version by version."""
     for path, content in _results("tests"):
         counts = [
-            f"`{kernel}` " + ", ".join(f"{n} {outcome}" for outcome, n in found.items())
+            f"`{kernel}` {machine(content, run)['backends'].get(name, '')} "
+            + ", ".join(f"{n} {outcome}" for outcome, n in sorted(found.items()))
+            for run in content.get("runs", {}).values()
             for kernel in labels(name)
-            if (found := outcomes(content, kernel))
+            if (found := run["kernels"].get(kernel, {}).get("outcomes"))
         ]
         if counts:
             link = f"[file](../../benchmarks/results/{path.name})"
             yield f"Tests on that kind of GPU, {content['date']} ({link}): {'; '.join(counts)}."
             return
+    yield "No tests of it on a GPU are on file: hostile doubles stand in for it."
 
 
-def outcomes(content: dict[str, Any], kernel: str) -> dict[str, int]:
-    """How many tests of a kernel passed, were skipped and failed."""
-    return {key.rpartition(": ")[2]: n for key, n in content["kernels"].items() if key.startswith(f"{kernel}: ")}
+def machine(content: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """Hardware and versions of one run."""
+    found: dict[str, Any] = run.get("machine") or content["machine"]
+    return found
 
 
 MEASURES = ("forward", "backward", "with 10% of padding", "peak memory")

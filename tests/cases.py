@@ -631,8 +631,9 @@ def generate(device: str) -> tuple[Case, ...]:
 
 def _first(target: Target, values: dict[str, tuple[str, ...]]) -> Case | None:
     """A plain case that the kernel takes: the base from which single values are tried."""
-    for asks, form, heads, dims in itertools.product(("grad", "out"), ("bshd", "thd"), values["heads"], values["dims"]):
-        case = Case(target, form, dtype=values["dtype"][0], heads=heads, dims=dims, asks=asks)
+    plain = itertools.product(("grad", "out"), ("bshd", "thd"), values["dtype"], values["heads"], values["dims"])
+    for asks, form, dtype, heads, dims in plain:
+        case = Case(target, form, dtype=dtype, heads=heads, dims=dims, asks=asks)
         if takes(case):
             return case
     return None

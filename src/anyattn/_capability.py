@@ -79,6 +79,8 @@ class HeadDims:
     maximum: int
     multiple_of: int = 1
     maximum_backward: int | None = None
+    maximum_v: int | None = None
+    """Of head_dim_v; None: as of head_dim."""
     pads: bool = False
     """The core pads other head dims with zeros, which changes no score and no value."""
     equal: bool = False
@@ -279,9 +281,9 @@ def _static_reasons(capability: Capability, given: Problem, problem: Problem, ve
             Reason("dtype", " or ".join(capability.dtypes), problem.dtype, "cast q, k and v, or use torch.autocast")
         )
     dims = capability.head_dims
-    for name, asked, dim in (
-        ("head_dim", given.head_dim, problem.head_dim),
-        ("head_dim_v", given.head_dim_v, problem.head_dim_v),
+    for name, asked, dim, maximum in (
+        ("head_dim", given.head_dim, problem.head_dim, dims.maximum),
+        ("head_dim_v", given.head_dim_v, problem.head_dim_v, dims.maximum_v or dims.maximum),
     ):
         got, grown = _run_as(str(asked), str(dim)), dim
         if problem.lse_grad and not capability.takes_lse_grad(version):
@@ -291,10 +293,10 @@ def _static_reasons(capability: Capability, given: Problem, problem: Problem, ve
             found.append(
                 Reason(name, f"a multiple of {dims.multiple_of}", got, f"pad q, k and v to {padded} with zeros")
             )
-        if dim > dims.maximum:
-            found.append(Reason(name, f"at most {dims.maximum}", got, "choose another backend"))
-        elif grown > dims.maximum:
-            needs = f"at most {dims.maximum - max(8, dims.multiple_of)} for the gradient of lse"
+        if dim > maximum:
+            found.append(Reason(name, f"at most {maximum}", got, "choose another backend"))
+        elif grown > maximum:
+            needs = f"at most {maximum - max(8, dims.multiple_of)} for the gradient of lse"
             found.append(Reason(name, needs, got, "detach lse, or choose another backend"))
     return found
 

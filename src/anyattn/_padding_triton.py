@@ -124,6 +124,7 @@ def fill_gaps(rows: Rows, fills: tuple[Fill, ...]) -> None:
             continue
         of_a, of_b = _strides(a, a_dim), _strides(b, b_dim)
         _fill_gaps[_grid(rows, total)](
-            rows.starts, rows.lengths, rows.lengths.shape[0], total, a, *of_a, a_value, b, *of_b, b_value, HAS_B=bool(rest),
-            A_DENSE=of_a[1] == of_a[3], B_DENSE=of_b[1] == of_b[3], BLOCK_R=8, BLOCK_C=1024, num_warps=4,
+            rows.starts, rows.lengths, rows.lengths.shape[0], total, a, *of_a, a_value, b, *of_b, b_value,
+            HAS_B=bool(rest), A_DENSE=of_a[1] == of_a[3], B_DENSE=of_b[1] == of_b[3],
+            BLOCK_R=8, BLOCK_C=1024, num_warps=4,
         )  # fmt: skip

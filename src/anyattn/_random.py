@@ -28,8 +28,8 @@ def seeded(call: Call) -> Iterator[None]:
         return
     if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
         raise Unsupported(
-            "dropout in a region compiled by torch.compile cannot be captured in a CUDA graph, for its seed is drawn on "
-            "the host: capture the region without torch.compile, or leave out dropout"
+            "dropout in a region of torch.compile cannot be captured in a CUDA graph: its seed is drawn on the host; "
+            "capture the region without torch.compile, or leave out dropout"
         )
     index = call.q.device.index
     with _lock:

@@ -129,6 +129,8 @@ def _head_dims(dims: HeadDims) -> str:
     words = "any" if dims.maximum >= _ANY_DIM else f"to {dims.maximum}"
     if dims.multiple_of > 1:
         words += f", {'padded to ' if dims.pads else ''}multiples of {dims.multiple_of}"
+    if dims.maximum_v is not None:
+        words += f"; head_dim_v to {dims.maximum_v}"
     if dims.maximum_backward is not None and dims.maximum_backward < dims.maximum:
         words += f"; backward to {dims.maximum_backward}"
     return words

@@ -154,7 +154,6 @@ _ROWS = (
         for d in (0, *_COMPILED[:-2])
     ),
     # --- head dims
-    Row(lambda p: p.head_dim > 256, Reason("head_dim", "at most 256", "more", _ELSE)),
     Row(
         _pair_unknown,
         Reason(
@@ -182,7 +181,7 @@ CAPABILITIES = (
     Capability(
         families=(9,),
         dtypes=("bfloat16", "float16"),  # a build may lack the second
-        head_dims=HeadDims(maximum=512, multiple_of=8, pads=True),
+        head_dims=HeadDims(maximum=256, maximum_v=512, multiple_of=8, pads=True),
         features=dict.fromkeys(
             (
                 "dense",
