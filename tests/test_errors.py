@@ -353,7 +353,8 @@ CALLS: dict[str, Mistake] = {
     "explain on an unknown target": (
         lambda: anyattn.explain(q, k, k, on="sm70"),
         InvalidArgument,
-        "unknown on='sm70'; allowed: cpu, sm80, sm86, sm89, sm90, sm100, sm103, sm120",
+        "unknown on='sm70'; allowed: cpu, sm80 (A100), sm86 (A10, RTX 3090), sm89 (L4, RTX 4090), "
+        "sm90 (H100, H200), sm100 (B200), sm103 (B300), sm120 (RTX 5090)",
     ),
     "explain assuming an unknown backend": (
         lambda: anyattn.explain(q, k, k, assume={"fa9": "1"}),

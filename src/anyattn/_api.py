@@ -415,7 +415,7 @@ def explain(
         'fa4'
     """
     if on is not None and on not in _environment.TARGETS:
-        raise InvalidArgument(f"unknown on={on!r}; allowed: {', '.join(_environment.TARGETS)}")
+        raise InvalidArgument(f"unknown on={on!r}; allowed: {_environment.describe_targets()}")
     tensors = Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv)
     if packing is not None and getattr(packing, "_holes", None) is not None:  # attention() packs such a batch first
         swap = {"sbhd": (0, 1), "bhsd": (1, 2)}.get(layout or "", (0, 0))

@@ -23,6 +23,22 @@ TARGETS: dict[str, int] = {
 }
 
 
+_FOUND_IN = {
+    "sm80": "A100",
+    "sm86": "A10, RTX 3090",
+    "sm89": "L4, RTX 4090",
+    "sm90": "H100, H200",
+    "sm100": "B200",
+    "sm103": "B300",
+    "sm120": "RTX 5090",
+}
+
+
+def describe_targets() -> str:
+    """Every target, with GPUs that are one."""
+    return ", ".join(f"{name} ({_FOUND_IN[name]})" if name in _FOUND_IN else name for name in TARGETS)
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """What is known of one backend's package without importing it, and what was learned since."""

@@ -151,7 +151,7 @@ def _note(row: Row) -> str:
     if row.since:
         words += f", since {row.since}"
     if row.fixed and row.fixed not in words:
-        words += f", fixed in {row.fixed}"
+        words += f", before {row.fixed}"
     return f"{words} ({reason.link})" if reason.link else words
 
 
