@@ -264,3 +264,20 @@ def test_errors_of_mixed_devices_are_named() -> None:
     packing = Packing.from_lengths([4])
     with pytest.raises(anyattn.DeviceError, match=r"packing is on cpu, the tensors on cuda:0: use packing.to"):
         anyattn.attention(q[0], q[0], q[0], packing=packing)
+
+
+def test_what_one_stream_derives_is_not_taken_on_another() -> None:
+    """It may not be written yet there."""
+    from anyattn._derived import derived
+
+    rows = Packing.from_lengths([3, 5], device="cuda")._rows
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(1)
+        return len(made)
+
+    assert [derived(rows, rows, "test", make) for _ in range(2)] == [1, 1]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert derived(rows, rows, "test", make) == 2
+    assert derived(rows, rows, "test", make) == 1

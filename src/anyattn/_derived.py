@@ -28,8 +28,11 @@ def derived(rows_q: Rows, rows_k: Rows, key: Hashable, make: Callable[[], T]) ->
     table, other = rows_q.table, rows_k.table
     if table.is_inference() or other.is_inference():
         return make()
-    if table.is_cuda and torch.cuda.is_current_stream_capturing():
-        return make()
+    if table.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return make()
+        # What one stream writes is not there yet for another.
+        key = (key, torch._C._cuda_getCurrentRawStream(table.device.index))
     values: dict[Hashable, tuple[tuple[int, int], weakref.ref[Tensor], Any]] = _kept.setdefault(table, {})
     now = (table._version, other._version)
     found = values.get(key)
