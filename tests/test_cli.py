@@ -575,13 +575,13 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 def test_a_missing_extra_is_one_line() -> None:
     got = _python(
         "import sys\n"
-        "for name in ('typer', 'rich', 'platformdirs'): sys.modules[name] = None\n"
+        "for name in ('typer', 'rich'): sys.modules[name] = None\n"
         "from anyattn._support import markdown_table\n"  # needs none of them
         "assert markdown_table()\n"
         "from anyattn.cli import main\n"
         "sys.exit(main(['doctor']))"
     )
-    needed = "what is not installed here, typer and rich and platformdirs"
+    needed = "what is not installed here, typer and rich"
     assert (got.returncode, got.stdout) == (1, "")
     assert got.stderr == f"anyattn: the command line needs {needed}: pip install 'anyattn[cli]'\n"
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from anyattn._environment import module_exists
 from anyattn._errors import MissingExtra
 
-_NEEDED = ("typer", "rich", "platformdirs")
+_NEEDED = ("typer", "rich")
 
 
 def main(args: Sequence[str] | None = None) -> int:
