@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from functools import cache
 from typing import cast
 
 from anyattn._call import Backend
 
 #: Every backend, the preferred first. A new one is a file of this name here and an entry in this tuple.
-ORDER: tuple[str, ...] = tuple(
-    n
-    for n in ("fa3", "fa4", "cudnn", "fa2", "varlen", "torch", "flex", "reference")
-    if importlib.util.find_spec(f"{__name__}.{n}")
-)
+ORDER: tuple[str, ...] = ("fa3", "fa4", "cudnn", "fa2", "varlen", "torch", "flex", "reference")
 
 
 @cache
