@@ -33,7 +33,9 @@ class Attention(torch.autograd.Function):
         out, lse, rng, held = _core.forward(p, call, sink)
         # Hooks (activation checkpointing, offloading) decide what is kept of tensors saved here; a graph keeps all.
         ctx.held = None if held is None or _hooks_are_active() else held
-        ctx.prepared, ctx.inputs = p, x._replace(alibi=None, mask=None)  # those two are saved, where hooks see them
+        ctx.prepared, ctx.inputs = p, x
+        if x.alibi is not None or x.mask is not None:
+            ctx.inputs = x._replace(alibi=None, mask=None)  # those two are saved, where hooks see them
         ctx.set_materialize_grads(False)
         # The offsets are saved too, so that refilling a Packing before backward is an error and not a wrong gradient.
         offsets = [None if rows is None else rows.starts for rows in (x.rows_q, x.rows_k)]
@@ -61,7 +63,8 @@ class Attention(torch.autograd.Function):
         p: Prepared = ctx.prepared
         x: Inputs = ctx.inputs
         q, k, v, sink, bias, out, lse, rng, alibi, mask, *_ = saved_tensors
-        x = x._replace(alibi=alibi, mask=mask)
+        if alibi is not None or mask is not None:
+            x = x._replace(alibi=alibi, mask=mask)
         if dout is None and dlse is None:
             return (None,) * 7
         dout = torch.zeros_like(out) if dout is None else p.layout.enter(dout)
