@@ -17,7 +17,7 @@ import cases
 import oracle
 from anyattn import _select
 from anyattn._call import Call, Saved, Spec
-from anyattn._environment import Probe, flash_override
+from anyattn._environment import Probe, flash_override, torch_version
 from anyattn._errors import Refused, Unsupported
 from anyattn.backends import _aten_cudnn, _aten_efficient, varlen
 from anyattn.backends import torch as torch_backend
@@ -328,7 +328,7 @@ def test_an_override_is_seen(override: Override) -> None:
         assert probe.flags == {"flash_override"}
     _registry.restore_flash_attention_impl()
     assert flash_override() is None
-    assert torch_backend.probe() == Probe("2.13.0")
+    assert torch_backend.probe() == Probe(torch_version())
 
 
 @pytest.mark.parametrize("name", ["torch:flash", "varlen"])
