@@ -156,8 +156,6 @@ def _brought(capability: Capability) -> Iterator[tuple[str, str]]:
             yield support_.since, FEATURE_NAMES[feature]
         if support_.backward_since and support_.backward_since != support_.since:
             yield support_.backward_since, FEATURE_NAMES[feature] + " in backward"
-    if capability.lse_grad_since:
-        yield capability.lse_grad_since, "the gradient of lse, without the core's help"
     if capability.native_sink_since:
         yield capability.native_sink_since, "sinks, without the core's help"
     for row in capability.rows:

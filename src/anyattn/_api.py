@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 Causal = bool | Literal["top_left"] | None
 _CACHE_SIZE = 4096
 _prepared: dict[Any, Prepared] = {}
-#: The last one found, under None: comparing keys takes half as long as looking one up.
+#: The last one found, under None: comparing two keys costs less than hashing one and comparing it.
 _recent: dict[None, tuple[Any, Prepared]] = {}
 _select.caches += [_prepared, _recent]
-#: Asking for one kind of device costs ten times as much.
+#: Asked first, for to ask for one kind of device costs more.
 _any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _flash_override = _environment.flash_override
 _NO_INPUTS = Inputs(None, None, None, None, None)

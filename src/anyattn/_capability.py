@@ -133,8 +133,6 @@ class Capability:
     """GPU generations with a backward; None: as forward; (): none."""
     lse_grad: Literal["native", "augmented"] = "augmented"
     """Whether backward takes the gradient of lse, or the core adds it through one more column of v."""
-    lse_grad_since: str | None = None
-    """First version whose backward takes it; the core adds it for older ones."""
     native_sink: tuple[str, ...] = ()
     """Sink dtypes that the kernel takes itself; the core applies all others from (out, lse)."""
     native_sink_since: str | None = None
@@ -158,10 +156,6 @@ class Capability:
         """Whether the kernel itself applies the problem's sink."""
         fits = self.native_sink_when is None or self.native_sink_when(problem)
         return problem.sink in self.native_sink and fits and _at_least(version, self.native_sink_since)
-
-    def takes_lse_grad(self, version: str | None) -> bool:
-        """Whether the kernel's backward takes the gradient of lse."""
-        return self.lse_grad == "native" and _at_least(version, self.lse_grad_since)
 
     def rank_at(self, problem: Problem) -> int:
         """The kernel's rank for a problem."""
@@ -273,7 +267,7 @@ def device_reason(capability: Capability, problem: Problem) -> Reason | None:
     return Reason(OTHER_DEVICE, _families(capability.families), arch_name(problem.arch), remedy, capability.kernel)
 
 
-def _static_reasons(capability: Capability, given: Problem, problem: Problem, version: str | None) -> list[Reason]:
+def _static_reasons(capability: Capability, given: Problem, problem: Problem) -> list[Reason]:
     """Reasons from device, dtype and head dims, alike in both directions; ``given`` is before padding."""
     found = [r] if (r := device_reason(capability, problem)) else []
     if problem.dtype not in capability.dtypes:
@@ -286,7 +280,7 @@ def _static_reasons(capability: Capability, given: Problem, problem: Problem, ve
         ("head_dim_v", given.head_dim_v, problem.head_dim_v, dims.maximum_v or dims.maximum),
     ):
         got, grown = _run_as(str(asked), str(dim)), dim
-        if problem.lse_grad and not capability.takes_lse_grad(version):
+        if problem.lse_grad and capability.lse_grad == "augmented":
             grown = dim + max(8, dims.multiple_of)
         if dim % dims.multiple_of:
             padded = -(-dim // dims.multiple_of) * dims.multiple_of
@@ -369,7 +363,7 @@ def _with_lse_column(problem: Problem) -> Problem:
 def _forward_reasons(
     capability: Capability, given: Problem, problem: Problem, version: str | None, flags: frozenset[str]
 ) -> list[Reason]:
-    found = _static_reasons(capability, given, problem, version)
+    found = _static_reasons(capability, given, problem)
     for name in problem.features():
         if name not in ("sink", *BACKWARD_ONLY) and (
             reason := _feature_reason(capability, name, problem, version, "forward")
@@ -392,7 +386,7 @@ def _backward_only_reasons(
         support = capability.features.get(name)
         if reason and (not forward or (support is not None and not support.backward)):
             found.append(reason)
-    run = _with_lse_column(problem) if problem.lse_grad and not capability.takes_lse_grad(version) else problem
+    run = _with_lse_column(problem) if problem.lse_grad and capability.lse_grad == "augmented" else problem
     for row in capability.rows:
         forward_too = _row_applies(row, problem, version, flags, "forward")
         if not forward_too and _row_applies(row, run, version, flags, "backward"):

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from anyattn._call import Rows
-from anyattn._derived import derived as derived
 from anyattn._errors import DtypeError, PackingError, ShapeError
 from anyattn._problem import Relation
 

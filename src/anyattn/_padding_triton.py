@@ -33,13 +33,13 @@ def _fill(
 
 
 @triton.jit
-def _zero(x, row_stride, width, row, inside, BLOCK_C: tl.constexpr):
-    """Write zeros into some rows of a tensor whose rows have no gaps within."""
-    for start in range(0, width, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        offset = row.to(tl.int64)[:, None] * row_stride + c.to(tl.int64)[None, :]
-        zeros = tl.zeros(offset.shape, x.dtype.element_ty)
-        tl.store(x + offset, zeros, mask=inside[:, None] & (c < width)[None, :])
+def _gap(starts, lengths, num_sequences, total_rows):
+    """(begin, end): gap i lies between sequence i - 1 and sequence i, the last one before the end of the tensor."""
+    gap = tl.program_id(0)
+    before = gap > 0
+    begin = tl.load(starts + gap - 1, mask=before, other=0) + tl.load(lengths + gap - 1, mask=before, other=0)
+    end = tl.minimum(tl.load(starts + gap, mask=gap < num_sequences, other=total_rows), total_rows)
+    return begin, end
 
 
 @triton.jit(do_not_specialize=["num_sequences", "total_rows"])
@@ -47,19 +47,16 @@ def _zero_gaps(
     starts, lengths, num_sequences, total_rows, a, a_row, a_width, b, b_row, b_width, c, c_row, c_width,
     TENSORS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """As ``_fill_gaps``, for one to three tensors and zeros alone: every argument costs the host a microsecond."""
-    gap = tl.program_id(0)
-    before = gap > 0
-    begin = tl.load(starts + gap - 1, mask=before, other=0) + tl.load(lengths + gap - 1, mask=before, other=0)
-    end = tl.minimum(tl.load(starts + gap, mask=gap < num_sequences, other=total_rows), total_rows)
+    """As ``_fill_gaps``, for one to three tensors and zeros alone: fewer arguments for the host to bind."""
+    begin, end = _gap(starts, lengths, num_sequences, total_rows)
     for first in range(begin + tl.program_id(1) * BLOCK_R, end, tl.num_programs(1) * BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)
         inside = row < end
-        _zero(a, a_row, a_width, row, inside, BLOCK_C)
+        _fill(a, a_row, 0, 1, a_width, 0.0, row, inside, True, BLOCK_C)
         if TENSORS > 1:
-            _zero(b, b_row, b_width, row, inside, BLOCK_C)
+            _fill(b, b_row, 0, 1, b_width, 0.0, row, inside, True, BLOCK_C)
         if TENSORS > 2:
-            _zero(c, c_row, c_width, row, inside, BLOCK_C)
+            _fill(c, c_row, 0, 1, c_width, 0.0, row, inside, True, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "total_rows"])
@@ -69,11 +66,7 @@ def _fill_gaps(
     b, b_row, b_head, b_heads, b_dim, b_value,
     HAS_B: tl.constexpr, A_DENSE: tl.constexpr, B_DENSE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # Gap i lies between the end of sequence i - 1 and the start of sequence i; the last one ends with the tensor.
-    gap = tl.program_id(0)
-    before = gap > 0
-    begin = tl.load(starts + gap - 1, mask=before, other=0) + tl.load(lengths + gap - 1, mask=before, other=0)
-    end = tl.minimum(tl.load(starts + gap, mask=gap < num_sequences, other=total_rows), total_rows)
+    begin, end = _gap(starts, lengths, num_sequences, total_rows)
     for first in range(begin + tl.program_id(1) * BLOCK_R, end, tl.num_programs(1) * BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)
         inside = row < end

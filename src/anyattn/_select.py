@@ -329,7 +329,7 @@ def _kernel(name: str, capability: Capability, problem: Problem, probe: Probe) -
         capability.kernel,
         version,
         native_sink=problem.sink is not None and capability.takes_sink(run, version),
-        native_lse_grad=capability.takes_lse_grad(version),
+        native_lse_grad=capability.lse_grad == "native",
         writes_gaps=capability.writes_gaps,
         ignores_gaps=capability.ignores_gaps,
         dims=dims,

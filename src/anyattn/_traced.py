@@ -260,9 +260,8 @@ def _forward_op(
 
     def run(p: Prepared) -> tuple[Prepared, Result]:
         enter = p.layout.enter
-        return p, _core.forward(
-            p, _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x), sink
-        )  # fmt: skip
+        call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
+        return p, _core.forward(p, call, sink)
 
     p, (out, lse, rng, _) = _core.run_accepted(lambda: _prepare(request), run, lambda: _drop(request))
     if len(_ran) >= 4096:

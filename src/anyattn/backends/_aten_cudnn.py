@@ -26,9 +26,8 @@ from anyattn._capability import Reason, Row
 from anyattn._errors import Refused
 from anyattn._problem import Problem
 from anyattn._random import seeded
-from anyattn.backends._aten_flash import check_batch
 from anyattn.backends._aten_terms import INF, additive, position_mask, without_dead_rows
-from anyattn.backends._raw import aligned
+from anyattn.backends._raw import aligned, check_batch
 
 _SDP_UTILS = "https://github.com/pytorch/pytorch/blob/v2.11.0/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp"
 _ELSE = "choose another backend"

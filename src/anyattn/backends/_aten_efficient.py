@@ -31,9 +31,9 @@ from anyattn._call import Call, Gradients, Result, Saved
 from anyattn._derived import derived
 from anyattn._errors import Refused, Unsupported
 from anyattn._random import philox_seed, seeded
-from anyattn.backends._aten_flash import check_batch, offsets
+from anyattn.backends._aten_flash import offsets
 from anyattn.backends._aten_terms import INF, additive, position_mask, without_dead_rows
-from anyattn.backends._raw import aligned
+from anyattn.backends._raw import aligned, check_batch
 
 
 class _Places(NamedTuple):

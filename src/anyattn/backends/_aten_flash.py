@@ -33,11 +33,9 @@ from anyattn._environment import Probe, flash_override
 from anyattn._errors import Refused
 from anyattn._problem import Problem
 from anyattn._random import seeded
-from anyattn.backends._raw import aligned
+from anyattn.backends._raw import aligned, check_batch
 
 INF = float("inf")
-#: The last index of a grid's second and third dims.
-LARGEST_BATCH = 65535
 _FLAG = "flash_override"
 #: A side of a window that is as good as unbounded, and fits the kernel's ints.
 _FAR = 1 << 30
@@ -104,12 +102,6 @@ def _check_override() -> None:
     """Refuse to run where another implementation has come in since the kernel was chosen."""
     if (active := flash_override()) is not None:
         raise Refused(f"{active} is in the place of torch's flash kernels")
-
-
-def check_batch(count: int) -> None:
-    """Refuse more sequences than a grid has room for."""
-    if count > LARGEST_BATCH:
-        raise Refused(f"{count} sequences, gaps among them, are more than its grid has room for ({LARGEST_BATCH})")
 
 
 def offsets(call: Call) -> tuple[Tensor | None, Tensor | None, int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anyattn._errors import Refused
 
-#: The last index of a grid's second and third dims, of which FlashAttention makes the batch one.
+#: The last index of a grid's second and third dims, of which these kernels make the batch one.
 LARGEST_BATCH = 65535
 
 
