@@ -16,7 +16,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 #: The names that users may rely on. A change here is a change of the public interface.
 PUBLIC = {
-    "AnyattnError", "BackendStatus", "DeviceError", "DtypeError", "Explanation", "InvalidArgument", "MissingExtra",
+    "AnyattnError", "BackendStatus",
+    "ContextError",
+    "ContextParallel",
+    "ContextPlan", "DeviceError", "DtypeError", "Explanation", "InvalidArgument", "MissingExtra",
     "NoBackend", "Packing", "PackingError", "Reason", "ShapeError", "UnknownBackend", "Unsupported", "attention",
     "backends", "explain", "integrations", "use", "warm_up",
 }  # fmt: skip

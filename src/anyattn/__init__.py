@@ -6,8 +6,11 @@ from anyattn import (
 )
 from anyattn._api import BackendStatus, attention, backends, explain
 from anyattn._capability import Reason
+from anyattn._context._parallel import ContextParallel
+from anyattn._context._plan import ContextPlan
 from anyattn._errors import (
     AnyattnError,
+    ContextError,
     DeviceError,
     DtypeError,
     InvalidArgument,
@@ -25,6 +28,9 @@ from anyattn._warm_up import warm_up
 __all__ = [
     "AnyattnError",
     "BackendStatus",
+    "ContextError",
+    "ContextParallel",
+    "ContextPlan",
     "DeviceError",
     "DtypeError",
     "Explanation",

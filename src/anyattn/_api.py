@@ -31,6 +31,8 @@ from anyattn.backends import get as get_backend
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from anyattn._context._plan import ContextPlan
+
 Causal = bool | Literal["top_left"] | None
 _CACHE_SIZE = 4096
 _prepared: dict[Any, Prepared] = {}
@@ -49,7 +51,8 @@ def attention(
     scale: float | None = ..., softcap: float | None = ..., sink: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., bias: Tensor | None = ..., mask: Tensor | BlockMask | None = ...,
     dropout: float = ..., layout: str | None = ...,
-    packing: Packing | None = ..., packing_kv: Packing | None = ..., backend: str | Sequence[str] = ...,
+    packing: Packing | None = ..., packing_kv: Packing | None = ..., plan: ContextPlan | None = ...,
+    backend: str | Sequence[str] = ...,
     deterministic: bool | None = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
@@ -58,7 +61,8 @@ def attention(
     scale: float | None = ..., softcap: float | None = ..., sink: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., bias: Tensor | None = ..., mask: Tensor | BlockMask | None = ...,
     dropout: float = ..., layout: str | None = ...,
-    packing: Packing | None = ..., packing_kv: Packing | None = ..., backend: str | Sequence[str] = ...,
+    packing: Packing | None = ..., packing_kv: Packing | None = ..., plan: ContextPlan | None = ...,
+    backend: str | Sequence[str] = ...,
     deterministic: bool | None = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
@@ -78,6 +82,7 @@ def attention(
     layout: str | None = None,
     packing: Packing | None = None,
     packing_kv: Packing | None = None,
+    plan: ContextPlan | None = None,
     backend: str | Sequence[str] = "auto",
     deterministic: bool | None = None,
     return_lse: bool = False,
@@ -109,6 +114,9 @@ def attention(
         packing: where the sequences lie. Required for "thd"; with 4-D tensors it says how many rows of each batch
             entry are real.
         packing_kv: the same for keys and values; default: packing.
+        plan: a ContextPlan: q, k and v are this rank's shards of a batch that the ranks of its group share, and all of
+            them call. causal, window and packing are then the plan's and can be left out. bias and mask are this rank's
+            query rows by all keys.
         backend: "auto", a backend's name, "backend:kernel", or several in order of preference: never another one.
         deterministic: bitwise repeatable, forward and backward. Default: torch.are_deterministic_algorithms_enabled().
         return_lse: also return the log-sum-exp of the masked scores, sink included; it is differentiable.
@@ -133,6 +141,11 @@ def attention(
         >>> anyattn.attention(q, k, v, causal=True, packing=packing).shape
         torch.Size([12, 2, 16])
     """
+    if plan is not None:
+        return _with_plan(  # type: ignore[no-any-return]
+            Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv), plan,
+            causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse,
+        )  # fmt: skip
     if torch.compiler.is_compiling():
         return _traced.attention(  # type: ignore[no-any-return]
             Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv),
@@ -186,6 +199,13 @@ def attention(
             causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse,
         )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _with_plan(t: Tensors, plan: Any, *options: Any) -> Any:
+    """Over the ranks of a plan."""
+    from anyattn._context import _door
+
+    return _door.attention(t, _door.Asked(*options), plan)
 
 
 def _look_up(key: Any) -> Prepared | None:
@@ -385,6 +405,7 @@ def explain(
     layout: str | None = None,
     packing: Packing | None = None,
     packing_kv: Packing | None = None,
+    plan: ContextPlan | None = None,
     backend: str | Sequence[str] = "auto",
     deterministic: bool | None = None,
     return_lse: bool = False,
@@ -417,13 +438,19 @@ def explain(
     if on is not None and on not in _environment.TARGETS:
         raise InvalidArgument(f"unknown on={on!r}; allowed: {_environment.describe_targets()}")
     tensors = Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv)
+    arch = None if on is None else _environment.TARGETS[on]
+    installed = None if on is None and assume is None else _select.assumed_world(assume, newest=on is not None)
+    if plan is not None:
+        from anyattn._context import _door
+
+        asked = _door.Asked(causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
+        return _door.explain(tensors, asked, plan, installed, arch)
     if packing is not None and getattr(packing, "_holes", None) is not None:  # attention() packs such a batch first
         swap = {"sbhd": (0, 1), "bhsd": (1, 2)}.get(layout or "", (0, 0))
         q, k, v = (x.transpose(*swap).flatten(0, 1)[: packing._facts.rows] for x in (q, k, v))
         tensors, layout = tensors._replace(q=q, k=k, v=v, packing=packing.compact()), None
     request = make_request(tensors, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
-    installed = None if on is None and assume is None else _select.assumed_world(assume, newest=on is not None)
-    return _core.explain(request, installed, None if on is None else _environment.TARGETS[on])
+    return _core.explain(request, installed, arch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@
     │   ├── DtypeError                                dtypes that are mixed or not allowed
     │   ├── DeviceError                               tensors on different devices
     │   ├── PackingError                              offsets, lengths or masks that describe no batch
+    │   ├── ContextError                              a plan or group that does not fit the call, or the other ranks
     │   └── UnknownBackend                            a backend name that does not exist
     ├── NoBackend              (RuntimeError)         valid, but nothing allowed here can run it; has .explanation
     ├── Unsupported            (NotImplementedError)  a way of calling that anyattn refuses (DTensor, torch.func, ...)
@@ -47,6 +48,10 @@ class DeviceError(InvalidArgument):
 
 class PackingError(InvalidArgument):
     """Offsets, lengths, masks or positions that describe no batch, or not this one."""
+
+
+class ContextError(InvalidArgument):
+    """A context-parallel group, plan or scheme that cannot work, or does not fit the call or the other ranks."""
 
 
 class UnknownBackend(InvalidArgument):

@@ -11,6 +11,7 @@ as queries without keys, then as keys without queries (docs/padding.md).
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -553,6 +554,23 @@ class Packing:
         )
 
     # --- for the core: private to the package ---
+
+    def host_lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(lengths, first rows) on the host; copied from the device where they are not known here.
+
+        Raises:
+            PackingError: the tokens of a sequence are not one run of rows.
+        """
+        if self._holes is not None:
+            raise PackingError(
+                "a packing made from a mask with holes has no runs of rows: pack the tensors with Packing.pack, and "
+                "use Packing.compact()"
+            )
+        facts = self._facts
+        if facts.lengths is not None and facts.starts is not None:
+            return facts.lengths, facts.starts
+        cu, starts = _read(self.cu_seqlens, self.cu_seqlens_padded)
+        return tuple(b - a for a, b in itertools.pairwise(cu)), tuple(starts[:-1])
 
     def relation(self, keys: Packing) -> Relation:
         """How the lengths of ``keys`` compare with these, as far as the host knows."""

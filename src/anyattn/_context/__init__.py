@@ -1,0 +1,1 @@
+"""Context parallelism: plans, schedules and what moves rows between ranks."""

@@ -1,0 +1,66 @@
+"""What travels: rows between ranks, by one primitive on every kind of group.
+
+Nothing here waits on the host where the group is NCCL's: ``Arrival.wait`` makes the current stream wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+#: Its name from torch 2.13 on, and before.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Arrival(NamedTuple):
+    """Rows on their way."""
+
+    rows: Tensor
+    work: Any
+    sent: Tensor | None = None
+    """Kept until the rows are there."""
+
+    def wait(self) -> Tensor:
+        """The rows, once the current stream (the host, under gloo) has seen them arrive."""
+        if self.work is not None:
+            self.work.wait()
+        return self.rows
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """A tensor of a dtype that every group can carry."""
+    return x.view(torch.uint8) if x.device.type == "cpu" else x
+
+
+def exchange(group: Any, send: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Arrival:
+    """Send runs of rows of ``send`` (rows, width), one after the other by rank, and receive likewise.
+
+    All ranks of the group take part, whatever their counts.
+    """
+    received = send.new_empty(sum(receive_counts), send.shape[1])
+    if group is None:
+        received.copy_(send)
+        return Arrival(received, None)
+    work = dist.all_to_all_single(
+        _bytes(received), _bytes(send), list(receive_counts), list(send_counts), group=group, async_op=True
+    )
+    return Arrival(received, work, send)
+
+
+def gather_rows(groups: Sequence[Any], x: Tensor) -> Tensor:
+    """Every rank's rows of x (rows, ...), ranks one after the other; ``groups`` from the inner dim to the outer."""
+    for group in groups:
+        flat = x.contiguous().view(x.shape[0], -1)
+        whole = flat.new_empty(dist.get_world_size(group) * flat.shape[0], flat.shape[1])
+        if whole.numel():
+            _all_gather(_carried(whole), _carried(flat), group=group)
+        x = whole.view(-1, *x.shape[1:])
+    return x
+
+
+def _carried(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.device.type == "cpu" or x.dtype == torch.bool else x

@@ -1,0 +1,205 @@
+"""Placement: which tokens each rank owns.
+
+Legend: a *shard* is what one rank holds or, where ``members`` ranks share heads, what a group of them holds together.
+Under "auto" several placements are made and the one with the lowest estimated time is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from anyattn._context._data import Comm, Layout, Mask, Piece, Placement, Shape
+from anyattn._context._estimate import timed
+from anyattn._context._gpu import Gpu, default_gpu
+from anyattn._context._levelling import Shards, Span, cut, exchange, level, spread, weights, widths_of, zigzag_owners
+from anyattn._errors import ContextError
+
+Order = Literal["document", "slot"]
+
+SPREADS: tuple[tuple[float, float | None], ...] = (
+    (1.0, 1.0), (0.5, 2.0), (0.25, 4.0), (1.0, None), (0.5, None), (0.25, None)
+)  # fmt: skip
+"""What "auto" tries: documents heavier than so many shards are long; they are cut over this many times their weight in
+shards, or over all."""
+REFINED = 3
+"""So many of the best are levelled in area too."""
+PIECES = 8
+"""Under "auto", the most pieces of a placement, per shard and document, beyond a few thousand."""
+
+
+def place(
+    lengths: Sequence[int],
+    ranks: int,
+    mask: Mask,
+    how: Placement = "auto",
+    *,
+    multiple: int = 1,
+    order: Order = "document",
+    members: int = 1,
+    shape: Shape | None = None,
+    comm: Comm = "all_gather",
+    gpu: Gpu | None = None,
+    lengths_k: Sequence[int] | None = None,
+) -> Layout:
+    """Divide documents over ranks. Depends on its arguments alone: every rank finds the same layout.
+
+    Args:
+        lengths: tokens of each document; any number, 0 included.
+        ranks: how many shards the layout has.
+        mask: which keys a query sees; what "auto" levels is the number of pairs.
+        how: "contiguous" cuts the tokens in global order in equal runs; "zigzag" cuts every document in twice as many
+            chunks as there are shards, the first and the last for the first shard and so on; "documents" cuts none;
+            "auto" cuts long ones, keeps short ones whole, and levels tokens, then work. Under all but "documents" no
+            rank has more than ceil(total / ranks) tokens, rounded up to ``multiple`` where ``members`` share a shard.
+        multiple: rows of a rank are rounded up to it.
+        order: of a shard's pieces in memory: by document, or the first piece of every document, then the second of
+            every document that has one, and so on, so that a kernel call over gathered keys takes contiguous rows.
+        members: so many neighbouring ranks share heads: the tokens are divided over ranks // members groups, then the
+            rows of each group are cut in order, the first members full.
+        shape: heads and dims, for estimates.
+        comm: the scheme that the estimates are for.
+        gpu: the device that they are for.
+        lengths_k: keys of each document, where they are not the queries'; estimates take them as placed "contiguous".
+
+    Raises:
+        ContextError: numbers of which no layout can be made.
+    """
+    lengths = tuple(map(int, lengths))
+    keys = lengths if lengths_k is None else tuple(lengths_k)
+    _check(lengths, keys, ranks, multiple, members)
+    keys_at = None if keys == lengths else place(keys, ranks, mask, "contiguous", members=members)
+    count = ranks // members
+
+    def layout(shards: Shards) -> Layout:
+        return _layout(lengths, shards.spans, members, multiple, order)
+
+    def empty() -> Shards:
+        return Shards(lengths, keys, mask, count)
+
+    if how == "auto" and count > 1 and any(lengths):
+        sizes = shape or Shape(), gpu or default_gpu()
+
+        def seconds(found: Layout) -> float:
+            cost = timed(found, mask, comm, *sizes, members=members, keys=keys_at)
+            return cost.forward + cost.backward
+
+        return _best(empty, layout, seconds)
+    shards = empty()
+    if how == "zigzag":
+        _zigzag(shards)
+    elif how == "documents":
+        spread(shards, weights(shards), [1] * len(lengths))
+    elif how in ("auto", "contiguous"):
+        _contiguous(shards)
+    else:
+        raise ContextError(f"unknown placement {how!r}; allowed: 'auto', 'contiguous', 'zigzag', 'documents'")
+    return layout(shards)
+
+
+def _check(lengths: Sequence[int], keys: Sequence[int], ranks: int, multiple: int, members: int) -> None:
+    if ranks < 1 or multiple < 1 or members < 1 or ranks % members:
+        raise ContextError(
+            f"ranks, multiple and members must be >= 1 and members divide ranks: got {ranks}, {multiple}, {members}"
+        )
+    if len(keys) != len(lengths) or any(n < 0 for n in (*lengths, *keys)):
+        raise ContextError("lengths of queries and keys must be as many, and none negative")
+
+
+def _contiguous(shards: Shards) -> None:
+    """Equal runs of the tokens in global order; the first shards are full."""
+    shard = 0
+    for document, length in enumerate(shards.lengths):
+        begin = 0
+        while begin < length:
+            if shards.tokens[shard] == shards.capacity:
+                shard += 1
+            end = min(length, begin + shards.capacity - shards.tokens[shard])
+            shards.give(shard, Span(document, begin, end))
+            begin = end
+
+
+def _zigzag(shards: Shards) -> None:
+    """Every document in two chunks per shard."""
+    owners = zigzag_owners(range(shards.count))
+    for document in range(len(shards.lengths)):
+        cut(shards, document, owners)
+
+
+def _best(
+    empty: Callable[[], Shards], layout: Callable[[Shards], Layout], seconds: Callable[[Layout], float]
+) -> Layout:
+    """The layout of the lowest estimate; of equal ones the first.
+
+    All ways of spreading are levelled in tokens; in area the best of them alone, for that takes longest.
+    """
+    blank = empty()
+    weight = weights(blank)
+    most = PIECES * (blank.count + len(weight)) + 4096
+    tried: set[tuple[int, ...]] = set()
+    found: list[tuple[float, int, Layout]] = []
+    levelled: list[Shards] = []
+    for long, factor in SPREADS:
+        widths = widths_of(blank, weight, long, factor)
+        if widths in tried or (tried and 2 * sum(widths) > most):
+            continue
+        tried.add(widths)
+        shards = empty()
+        spread(shards, weight, widths)
+        level(shards)
+        made = layout(shards)
+        found.append((seconds(made), len(levelled), made))
+        levelled.append(shards)
+    simple = empty()
+    _contiguous(simple)
+    made = layout(simple)
+    found.append((seconds(made), len(levelled), made))
+    for _, index, _ in sorted(found)[:REFINED]:
+        if index < len(levelled):
+            exchange(levelled[index])
+            made = layout(levelled[index])
+            found.append((seconds(made), len(found), made))
+    return min(found, key=lambda each: each[:2])[2]
+
+
+def _layout(
+    lengths: tuple[int, ...], spans: Sequence[Sequence[Span]], members: int, multiple: int, order: Order
+) -> Layout:
+    """Rows for the spans of every shard."""
+    shards = [_ordered(own, order) for own in spans]
+    most = max(sum(span.size for span in own) for own in shards)
+    share = -(-most // members)
+    rows = -(-share // multiple) * multiple
+    pieces = [member for own in shards for member in _members(own, members, rows)]
+    return Layout(lengths, tuple(pieces), rows)
+
+
+def _ordered(spans: Sequence[Span], order: Order) -> list[Span]:
+    """Spans as they lie in memory, those that continue one another made one."""
+    merged: list[Span] = []
+    for span in sorted(spans):
+        if merged and merged[-1].document == span.document and merged[-1].end == span.begin:
+            merged[-1] = merged[-1]._replace(end=span.end)
+        else:
+            merged.append(span)
+    if order == "document":
+        return merged
+    slots: dict[int, int] = {}
+    keyed = []
+    for span in merged:
+        slot = slots[span.document] = slots.get(span.document, -1) + 1
+        keyed.append((slot, span))
+    return [span for _, span in sorted(keyed)]
+
+
+def _members(spans: Sequence[Span], members: int, rows: int) -> list[tuple[Piece, ...]]:
+    """The rows of a shard cut in order: full shards of its members, then what is left."""
+    shards: list[list[Piece]] = [[] for _ in range(members)]
+    at = 0
+    for document, begin, end in spans:
+        while begin < end:
+            member, row = divmod(at, rows)
+            taken = min(end - begin, rows - row)
+            shards[member].append(Piece(document, begin, begin + taken, row))
+            begin, at = begin + taken, at + taken
+    return [tuple(own) for own in shards]

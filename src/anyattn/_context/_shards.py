@@ -1,0 +1,188 @@
+"""Taking a rank's rows of a batch, and putting the ranks' rows together again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn._context._data import Layout
+from anyattn._context._exchange import gather_rows
+from anyattn._context._plan_data import Memory
+from anyattn._context._topology import Members
+from anyattn._errors import ContextError, ShapeError
+
+
+class Shards:
+    """How the rows of a batch are divided over the ranks."""
+
+    def __init__(self, layout: Layout, memory: Memory, rank: int, members: Members | None) -> None:
+        self._layout, self._memory, self._rank, self._members = layout, memory, rank, members
+        self._indices: dict[tuple[str, torch.device], Tensor] = {}
+
+    @property
+    def rows(self) -> int:
+        """Rows of every rank's shard."""
+        return self._layout.rows
+
+    @property
+    def valid(self) -> Tensor:
+        """Bool (rows,): which of this rank's rows hold a token; on the device of the group."""
+        return self._index("mine", self._device) >= 0
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 (rows,): positions within the document, 0 at padding; on the device of the group."""
+        return self._index("positions", self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self._members is None else self._members.device
+
+    def shard(self, x: Tensor, dim: int = 0, fill: float = 0) -> Tensor:
+        """This rank's rows of a batch that every rank holds whole.
+
+        Args:
+            x: any dtype; dim counts the rows of the packing in memory, or the positions of a plain length.
+            dim: which dim counts rows.
+            fill: what rows without a token get: -100 for labels.
+
+        Returns:
+            x with ``rows`` in place of dim. Its gradient is zero outside of this rank's rows; nothing is communicated.
+
+        Raises:
+            ShapeError: dim has another size.
+        """
+        dim = self._dim(x, dim)
+        size, wanted = x.shape[dim], self._memory.rows
+        if size < wanted or (self._memory.entries and size != wanted):
+            raise ShapeError(
+                f"shard: dim {dim} of shape {tuple(x.shape)} has {size} rows, and the plan is for {wanted}"
+            )
+        return _take(x, dim, self._index("mine", x.device), fill)
+
+    def unshard(self, x: Tensor, dim: int = 0, fill: float = 0) -> Tensor:
+        """The whole batch in its original memory layout, from every rank's shard; all ranks call it.
+
+        Args:
+            x: this rank's rows, of one shape and dtype on all ranks.
+            dim: which dim counts rows.
+            fill: what rows outside every sequence get.
+
+        Returns:
+            x with the memory layout's rows in place of dim. In backward each rank takes the gradient of its own rows:
+            all ranks compute one value from the whole.
+
+        Raises:
+            ContextError: the plan was made without a group: see :meth:`ContextParallel.bind`.
+            ShapeError: dim has another size.
+        """
+        dim = self._dim(x, dim)
+        self.connected()
+        if x.shape[dim] != self.rows:
+            raise ShapeError(
+                f"unshard: dim {dim} of shape {tuple(x.shape)} has {x.shape[dim]} rows, and shards of this plan "
+                f"{self.rows}"
+            )
+        whole: Tensor = _Unshard.apply(x, self, dim, fill)  # type: ignore[no-untyped-call]
+        return whole
+
+    def connected(self) -> Members:
+        """Who the other ranks are.
+
+        Raises:
+            ContextError: the plan was made without a group.
+        """
+        members = self._members
+        if members is None or (members.groups is None and members.world > 1):
+            raise ContextError(
+                "this plan was made without a process group, which attention and unshard need: connect it with "
+                "ContextParallel(mesh_or_group).bind(plan)"
+            )
+        return members
+
+    def _replace(self, layout: Layout, memory: Memory) -> None:
+        """Another batch of as many rows, in place: what was made from these indices sees it."""
+        self._layout, self._memory = layout, memory
+        for (name, device), index in self._indices.items():
+            index.copy_(_upload(getattr(self, f"_make_{name}")(), device), non_blocking=True)
+
+    @staticmethod
+    def _dim(x: Tensor, dim: int) -> int:
+        if not isinstance(x, Tensor):
+            raise ShapeError(f"x must be a tensor, got {type(x).__name__}")
+        if not -x.ndim <= dim < x.ndim:
+            raise ShapeError(f"dim {dim} is not one of a tensor of shape {tuple(x.shape)}")
+        return dim % x.ndim
+
+    def _index(self, name: str, device: torch.device) -> Tensor:
+        """int64 rows on a device: "mine" and "positions" per row of the shard, "whole" per row in memory; -1: none."""
+        key = (name, device)
+        if key not in self._indices:
+            self._indices[key] = _upload(getattr(self, f"_make_{name}")(), device)
+        return self._indices[key]
+
+    def _make_mine(self) -> Tensor:
+        index = torch.full((self.rows,), -1, dtype=torch.int64, device="cpu")
+        for document, begin, end, row in self._layout.pieces[self._rank]:
+            first = self._memory.starts[document]
+            index[row : row + end - begin] = torch.arange(first + begin, first + end, device="cpu")
+        return index
+
+    def _make_positions(self) -> Tensor:
+        index = torch.zeros(self.rows, dtype=torch.int64, device="cpu")
+        for _, begin, end, row in self._layout.pieces[self._rank]:
+            index[row : row + end - begin] = torch.arange(begin, end, device="cpu")
+        return index
+
+    def _make_whole(self) -> Tensor:
+        index = torch.full((self._memory.rows,), -1, dtype=torch.int64, device="cpu")
+        for rank, pieces in enumerate(self._layout.pieces):
+            for document, begin, end, row in pieces:
+                first = self._memory.starts[document]
+                at = rank * self.rows + row
+                index[first + begin : first + end] = torch.arange(at, at + end - begin, device="cpu")
+        return index
+
+    def gathered(self, x: Tensor, dim: int, fill: float) -> Tensor:
+        """What unshard returns."""
+        members = self.connected()
+        rows = x.movedim(dim, 0)
+        if members.groups is not None:
+            rows = gather_rows(members.groups[::-1], rows)
+        return _take(rows, 0, self._index("whole", x.device), fill).movedim(0, dim)
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's rows of the whole, zero elsewhere."""
+        return _take(x, dim, self._index("mine", x.device), 0)
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shards: Shards, dim: int, fill: float) -> Tensor:
+        ctx.shards, ctx.dim = shards, dim
+        return shards.gathered(x, dim, fill)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.shards.own(grad, ctx.dim), None, None, None
+
+
+def _take(x: Tensor, dim: int, index: Tensor, fill: float) -> Tensor:
+    """Rows of x by index along dim; ``fill`` where it is -1."""
+    shape = [1] * x.ndim
+    shape[dim] = -1
+    missing = (index < 0).view(shape)
+    if x.shape[dim] == 0:
+        size = list(x.shape)
+        size[dim] = index.numel()
+        return x.new_full(size, fill)
+    return x.index_select(dim, index.clamp(min=0)).masked_fill(missing, fill)
+
+
+def _upload(x: Tensor, device: torch.device) -> Tensor:
+    """To a device without waiting for it."""
+    if device.type == "cpu":
+        return x
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -1,0 +1,396 @@
+"""A plan on a device: its entries as packings and its moves as row tables, uploaded once, in one copy.
+
+Tables index rows. Those with several columns name, per row of the result, the rows whose sum it is; -1 is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn._context import _geometry
+from anyattn._context._data import Capacity, Entry, KernelCall, Layout, Piece, RankPlan, Run, Stage
+from anyattn._context._plan_data import PlanData
+from anyattn._packing import Packing
+
+
+@dataclass(frozen=True, slots=True)
+class CallTables:
+    """One call of a kernel on a device."""
+
+    call: KernelCall
+    q: tuple[int, int]
+    """Rows of the query shard that the kernel gets."""
+    k: tuple[int, int]
+    """Rows of the key buffer that it gets."""
+    packing_q: Packing
+    packing_k: Packing
+    documents: Tensor
+    """int32: the document of each sequence."""
+    rows: Tensor
+    """int32: the query shard's rows that the call computes, and in ``part_rows`` where they lie in what it returns."""
+    part_rows: Tensor
+    q_rows: Tensor
+    """int32 (rows of the query shard, 1): where each lies in what the call returns."""
+    key_positions: tuple[int, int] | None = None
+    """For terms over (seq_q, seq_k): the positions of the keys that the call sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTables:
+    """One stage on a device."""
+
+    stage: Stage
+    calls: tuple[CallTables, ...]
+    send: Tensor
+    """int32 (sent rows, 1): rows of the key shard, in the order in which they are sent."""
+    send_counts: tuple[int, ...]
+    order: Tensor | None
+    """int32 (rows, 1): the key buffer's rows among those received."""
+    back: Tensor
+    """int32 (received rows, calls): per received row, its gradient among the calls' key rows."""
+    home: Tensor
+    """int32 (rows of the key shard, n): per own row, its gradient among the rows that come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """A rank's part of a plan on a device."""
+
+    stages: tuple[StageTables, ...]
+    exclusive: bool
+    direct: bool
+    """One local call takes all rows as they are: nothing is moved, merged or put together."""
+    rows_q: int
+    rows_k: int
+    out: Tensor
+    """int32 (rows_q, 1): per query row, where it lies among the parts of all calls, if exclusive."""
+    own: Tensor
+    """int32 (rows_k, n): per own key row, its gradient among the local stage's calls' key rows."""
+    own_and_home: Tensor
+    """int32 (rows_k, n): the same, after the rows that come back, where one stage's do."""
+    padding: Tensor
+    """int32 (rows_q,): 1 in rows that hold no token."""
+    order_q: tuple[Tensor, Tensor] | None
+    """int32 (united rows, 1) each: into order, and back; None where head ranks' rows are in order as they come."""
+    order_k: tuple[Tensor, Tensor] | None
+    tensors: tuple[Tensor, ...] = ()
+    """All of the above, in the order in which they were made: what is refilled."""
+
+    @property
+    def local(self) -> tuple[StageTables, ...]:
+        """Stages that need nothing from others."""
+        return tuple(s for s in self.stages if s.stage.local)
+
+    @property
+    def remote(self) -> tuple[StageTables, ...]:
+        """Stages that do."""
+        return tuple(s for s in self.stages if not s.stage.local)
+
+
+def build(data: PlanData, device: torch.device, *, alibi: bool, dense: bool) -> Tables:
+    """Tables for a device.
+
+    Args:
+        data: the plan, for as many batch entries as the call has.
+        device: where.
+        alibi: keys in global order, nothing fused.
+        dense: every entry a call of its own, for terms over (seq_q, seq_k).
+    """
+    plan = data.alibi_stages if alibi else data.stages
+    queries, keys = data.inner
+    rows_q, rows_k = queries.rows, keys.rows
+    up = _Upload()
+    direct = _is_direct(plan) and not dense
+    place = data.rank // data.topology.heads
+    frame = _Frame(rows_q, rows_k, data, queries.pieces[place], dense, direct)
+    stages = tuple(_stage(s, frame, up) for s in plan.stages)
+    calls = [c for s in stages for c in s.calls]
+    local = [s for s in stages if s.stage.local]
+    remote = [s for s in stages if not s.stage.local]
+    fixed = data.capacity is not None
+    own = _table(rows_k, [_key_rows(c) for s in local for c in s.calls], _sizes_k(local), fixed=fixed)
+    both = [remote[0].home, *_shifted(own, remote[0].send.shape[0])] if len(remote) == 1 else []
+    order_q, order_k = (_order(runs, rows) for runs, rows in zip(data.order, (rows_q, rows_k), strict=True))
+    made = Tables(
+        stages,
+        plan.exclusive,
+        direct,
+        rows_q,
+        rows_k,
+        up.add(
+            _table(rows_q, [c.rows for c in calls], [c.q[1] - c.q[0] for c in calls], [c.part_rows for c in calls])[
+                :, :1
+            ]
+        ),
+        up.add(own),
+        up.add(torch.cat(both, 1)) if both else own[:, :0],
+        up.add(_padding(queries, data.rank // data.topology.heads)),
+        None if order_q is None else (up.add(order_q[0]), up.add(order_q[1])),
+        None if order_k is None else (up.add(order_k[0]), up.add(order_k[1])),
+    )
+    return up.moved(made, device)
+
+
+def refill(tables: Tables, other: Tables) -> None:
+    """Copy another batch's tables of the same shapes over these; nothing waits."""
+    for mine, theirs in zip(tables.tensors, other.tensors, strict=True):
+        mine.copy_(theirs, non_blocking=True)
+    for stage in tables.stages:
+        for call in stage.calls:
+            call.packing_q._set_rows()
+            call.packing_k._set_rows()
+
+
+def _is_direct(plan: RankPlan) -> bool:
+    """Whether one local call is all there is; what it leaves out is padding."""
+    return len(plan.stages) == 1 and plan.stages[0].local and len(plan.stages[0].calls) == 1
+
+
+# --- one stage ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What all stages of a plan share."""
+
+    rows_q: int
+    rows_k: int
+    data: PlanData
+    pieces: tuple[Piece, ...]
+    """This rank's queries."""
+    dense: bool
+    direct: bool
+
+
+def _stage(stage: Stage, frame: _Frame, up: _Upload) -> StageTables:
+    calls = stage.calls
+    if frame.dense:
+        calls = tuple(KernelCall(c.left, c.right, (e,), (d,)) for c in calls for e, d in _entries(c))
+    rows_k = frame.rows_k
+    size = rows_k if stage.local else stage.rows
+    made = tuple(_call(c, frame, size, up) for c in calls)
+    counts = tuple(sum(n for _, n in runs) for runs in stage.send)
+    send = _expand(run for runs in stage.send for run in runs)
+    received = sum(stage.receive)
+    order = None if stage.order is None else _expand(stage.order)
+    # A gradient row of the buffer goes back to where the row came from.
+    back = _table(0 if stage.local else size, [], [])
+    if not stage.local:
+        back = _table(size, [_key_rows(c) for c in made], [c.k for c in made], fixed=frame.data.capacity is not None)
+    if order is not None:
+        inverse = torch.full((received,), -1, dtype=torch.int32, device="cpu")
+        inverse[order.long()] = torch.arange(order.numel(), dtype=torch.int32, device="cpu")
+        back = torch.where(inverse[:, None] < 0, -1, back[inverse.long().clamp(min=0)])
+    home = _table(rows_k, list(torch.split(send, list(counts))), list(counts)) if counts else send.new_empty(rows_k, 0)
+    return StageTables(
+        stage,
+        made,
+        up.add(send[:, None]),
+        counts,
+        None if order is None else up.add(order[:, None]),
+        up.add(back),
+        up.add(home),
+    )
+
+
+def _entries(call: KernelCall) -> Iterable[tuple[Any, int]]:
+    return zip(call.entries, call.documents, strict=True)
+
+
+def _call(call: KernelCall, frame: _Frame, rows_k: int, up: _Upload) -> CallTables:
+    rows_q, sanitize, capacity = frame.rows_q, frame.data.sanitize, frame.data.capacity
+    q, k = (0, rows_q), (0, rows_k)
+    if not (frame.direct or capacity):
+        q = _bounds([Run(e.q, e.len_q) for e in call.entries])
+        k = _bounds([Run(e.k, e.len_k) for e in call.entries])
+    rows = _expand(Run(e.q, e.len_q) for e in call.entries)
+    q_rows = torch.full((rows_q,), -1, dtype=torch.int32, device="cpu")
+    q_rows[rows.long()] = rows - q[0]
+    packing_q = up.packing(_packing([Run(e.q - q[0], e.len_q) for e in call.entries], q[1] - q[0], sanitize, capacity))
+    packing_k = packing_q
+    if q != k or any((e.q, e.len_q) != (e.k, e.len_k) for e in call.entries):
+        runs = [Run(e.k - k[0], e.len_k) for e in call.entries]
+        packing_k = up.packing(_packing(runs, k[1] - k[0], sanitize, capacity))
+    return CallTables(
+        call,
+        q,
+        k,
+        packing_q,
+        packing_k,
+        up.add(_documents(call, capacity)),
+        rows if capacity else up.add(rows),
+        rows - q[0] if capacity else up.add(rows - q[0]),
+        up.add(q_rows[:, None]),
+        _key_positions(call.entries[0], frame) if frame.dense else None,
+    )
+
+
+def _key_positions(entry: Entry, frame: _Frame) -> tuple[int, int]:
+    """The keys of a single entry, as positions in the document."""
+    data = frame.data
+    (piece,) = (p for p in frame.pieces if p.row <= entry.q < p.row + p.end - p.begin)
+    begin = piece.begin + entry.q - piece.row
+    len_q, len_k = (layout.lengths[piece.document] for layout in (data.queries, data.keys))
+    return _geometry.needed(data.mask, len_q, len_k, begin, begin + entry.len_q)
+
+
+def _bounds(runs: Sequence[Run]) -> tuple[int, int]:
+    """First row, and the row after the last."""
+    return runs[0].row, runs[-1].row + runs[-1].rows
+
+
+def _documents(call: KernelCall, capacity: Capacity | None) -> Tensor:
+    missing = capacity.sequences - len(call.documents) if capacity else 0
+    return torch.tensor([*call.documents, *[0] * missing], dtype=torch.int32, device="cpu")
+
+
+def _packing(runs: Sequence[Run], rows: int, sanitize: bool, capacity: Capacity | None) -> Packing:
+    """Sequences at these runs; in a plan of fixed capacity, with empty ones up to it."""
+    total, cu = 0, [0]
+    for run in runs:
+        total += run.rows
+        cu.append(total)
+    starts = [*(run.row for run in runs), rows]
+    if capacity is None:
+        both = torch.tensor([cu, starts], dtype=torch.int32, device="cpu")
+        return Packing(both[0], both[1], rows=rows, sanitize=sanitize)
+    missing = capacity.sequences - len(runs)
+    both = torch.tensor([cu + cu[-1:] * missing, starts + starts[-1:] * missing], dtype=torch.int32, device="cpu")
+    longest = min(rows, capacity.max_seqlen)
+    return Packing(both[0], both[1], max_seqlen=longest, rows=rows, sanitize=sanitize, check=False)
+
+
+# --- tables on the host ---
+
+
+def _expand(runs: Iterable[Run]) -> Tensor:
+    """The rows of runs, one after the other."""
+    both = torch.tensor([tuple(run) for run in runs], dtype=torch.int64, device="cpu").view(-1, 2)
+    first, count = both[:, 0], both[:, 1]
+    ends = count.cumsum(0)
+    total = int(ends[-1]) if ends.numel() else 0
+    offset = torch.repeat_interleave(first - (ends - count), count, output_size=total)
+    return (torch.arange(total, device="cpu") + offset).to(torch.int32)
+
+
+def _key_rows(call: CallTables) -> Tensor:
+    """The rows of the key buffer that a call uses."""
+    return _expand(Run(e.k, e.len_k) for e in call.call.entries)
+
+
+def _sizes_k(stages: Sequence[StageTables]) -> list[tuple[int, int]]:
+    return [c.k for s in stages for c in s.calls]
+
+
+def _table(
+    rows: int,
+    used: Sequence[Tensor],
+    parts: Sequence[int | tuple[int, int]],
+    places: Sequence[Tensor] | None = None,
+    fixed: bool = False,
+) -> Tensor:
+    """Per row, where it lies in each part that has it, parts one after the other; as many columns as the most have.
+
+    ``used`` are the rows of each part; they lie there at ``places``, or at their distance from the part's first row, or
+    one after the other where parts are given by their sizes alone. ``fixed`` keeps a column for every part.
+    """
+    filled = torch.zeros(rows, dtype=torch.int64, device="cpu")
+    table = torch.full((rows, max(1, len(used))), -1, dtype=torch.int32, device="cpu")
+    start = 0
+    for i, (mine, part) in enumerate(zip(used, parts, strict=True)):
+        if places is not None:
+            at = places[i]
+        elif isinstance(part, tuple):
+            at = mine - part[0]
+        else:
+            at = torch.arange(mine.numel(), dtype=torch.int32, device="cpu")
+        index = mine.long()
+        table[index, filled[index]] = at + start
+        filled[index] += 1
+        start += part[1] - part[0] if isinstance(part, tuple) else part
+    most = len(used) if fixed else int(filled.max()) if rows else 1
+    return table[:, : max(1, most)].contiguous()
+
+
+def _padding(layout: Layout, place: int) -> Tensor:
+    padding = torch.ones(layout.rows, dtype=torch.int32, device="cpu")
+    for _, begin, end, row in layout.pieces[place]:
+        padding[row : row + end - begin] = 0
+    return padding
+
+
+def _shifted(table: Tensor, by: int) -> list[Tensor]:
+    return [torch.where(table < 0, table, table + by)]
+
+
+def _order(runs: Sequence[Run] | None, rows: int) -> tuple[Tensor, Tensor] | None:
+    """Into order, and back."""
+    if runs is None:
+        return None
+    into = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
+    found = _expand(runs)
+    into[: found.numel()] = found
+    back = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
+    back[found.long()] = torch.arange(found.numel(), dtype=torch.int32, device="cpu")
+    return into[:, None].contiguous(), back[:, None].contiguous()
+
+
+# --- to the device ---
+
+
+class _Upload:
+    """Collects int32 tensors, and moves them in one copy that nobody waits for."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+
+    def add(self, x: Tensor) -> Tensor:
+        """Remember a tensor."""
+        assert x.dtype == torch.int32
+        self._tensors.append(x)
+        return x
+
+    def packing(self, packing: Packing) -> Packing:
+        """Remember a packing's tensors."""
+        packing._with(self.add)
+        return packing
+
+    def moved(self, tables: Tables, device: torch.device) -> Tables:
+        """The tables with everything in them on the device."""
+        if device.type == "cpu":
+            return replace(tables, tensors=tuple(self._tensors))
+        places, total = [], 0
+        for x in self._tensors:
+            places.append(total)
+            total += -(-x.numel() // 4) * 4  # kernels read some of them in vectors
+        blob = torch.zeros(total, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+        for x, place in zip(self._tensors, places, strict=True):
+            blob[place : place + x.numel()] = x.flatten()
+        there = blob.to(device, non_blocking=True)
+        views = {
+            id(x): there[place : place + x.numel()].view(x.shape)
+            for x, place in zip(self._tensors, places, strict=True)
+        }
+        moved: Tables = _map(tables, views, {})
+        return replace(moved, tensors=(there,))
+
+
+def _map(value: Any, views: dict[int, Tensor], packings: dict[int, Packing]) -> Any:
+    """A structure with its tensors replaced; one packing stays one."""
+    if isinstance(value, Tensor):
+        return views.get(id(value), value)
+    if isinstance(value, Packing):
+        if id(value) not in packings:
+            packings[id(value)] = value._with(lambda t: views[id(t)])
+        return packings[id(value)]
+    if isinstance(value, (Tables, StageTables, CallTables)):
+        names = type(value).__dataclass_fields__
+        return type(value)(**{name: _map(getattr(value, name), views, packings) for name in names})
+    if type(value) is tuple:
+        return tuple(_map(v, views, packings) for v in value)
+    return value
