@@ -205,7 +205,8 @@ def _with_plan(t: Tensors, plan: Any, *options: Any) -> Any:
     """Over the ranks of a plan."""
     from anyattn._context import _door
 
-    return _door.attention(t, _door.Asked(*options), plan)
+    run = _door.breaking if torch.compiler.is_compiling() else _door.attention
+    return run(t, _door.Asked(*options), plan)
 
 
 def _look_up(key: Any) -> Prepared | None:

@@ -6,6 +6,8 @@ otherwise wait in a collective for data that never comes, or read other data tha
 
 from __future__ import annotations
 
+from collections import Counter
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,37 +18,37 @@ from anyattn._context._plan_data import PlanData
 from anyattn._context._topology import Members
 from anyattn._errors import ContextError
 
-_sides: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_sides: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+#: By ranks, how many were made in this process: part of their names, for groups come and go.
+_made: Counter[tuple[int, ...]] = Counter()
 
 
 def side_group(members: Members) -> Any:
-    """The gloo group of all members; made at the first call, in which all of them take part."""
+    """A gloo group of all members; made at the first call, in which all of them take part."""
     assert members.groups is not None
-    first = members.groups[0]
-    if first not in _sides:
-        _sides[first] = {}
-    found = _sides[first]
+    found = _sides.setdefault(members.groups[0], {})
     if members.ranks not in found:
-        plain = len(members.groups) == 1 and dist.get_backend(first) == "gloo"
-        found[members.ranks] = first if plain else _new_group(members)
+        found[members.ranks] = _new_group(members)
     return found[members.ranks]
 
 
 def _new_group(members: Members) -> Any:
-    return dist.new_group(
-        sorted(members.ranks),
-        timeout=_timeout(members),
-        backend="gloo",
-        use_local_synchronization=True,
-        group_desc="anyattn plans",
-    )
+    """Made among the members alone.
+
+    ``new_group`` either needs every rank of the job, or names the group by how many groups a rank knows, which differs
+    between ranks in a job of many parts.
+    """
+    name = f"anyattn/{'_'.join(map(str, members.ranks))}/{_made[members.ranks]}"
+    _made[members.ranks] += 1
+    store = dist.distributed_c10d.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    return dist.ProcessGroupGloo(store, members.rank, members.world, _timeout(members))
 
 
-def _timeout(members: Members) -> Any:
-    """The group's own timeout, None where it does not tell."""
+def _timeout(members: Members) -> timedelta:
+    """The group's own timeout."""
     assert members.groups is not None
     options = getattr(members.groups[0]._get_backend(members.device), "options", None)
-    return getattr(options, "_timeout", None)
+    return getattr(options, "_timeout", None) or dist.distributed_c10d.default_pg_timeout
 
 
 def check(data: PlanData, members: Members) -> None:
@@ -61,19 +63,16 @@ def check(data: PlanData, members: Members) -> None:
     mine = data.fingerprint()
     numbers = torch.tensor(list(mine.values()), dtype=torch.int64)
     found = [torch.empty_like(numbers) for _ in range(members.world)]
-    dist.all_gather(found, numbers, group=group)
+    group.allgather([found], [numbers]).wait()
     everyone = torch.stack(found)
     if (everyone == everyone[0]).all():
         return
-    # In a group of its own, ranks are sorted by global rank.
-    order = sorted(members.ranks) if group not in members.groups else list(members.ranks)
-    place = {rank: members.ranks.index(rank) for rank in order}
     lines = []
     for column, name in enumerate(mine):
         values = everyone[:, column].tolist()
         usual = max(set(values), key=values.count)
         if len(set(values)) > 1:
-            others = sorted(place[rank] for rank, value in zip(order, values, strict=True) if value != usual)
+            others = [rank for rank, value in enumerate(values) if value != usual]
             lines.append(f"{name} (on ranks {', '.join(map(str, others))})")
     raise ContextError(
         f"the ranks of the context-parallel group hold different plans; they differ in {'; '.join(lines)}: make "

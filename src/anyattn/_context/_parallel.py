@@ -133,8 +133,8 @@ class ContextParallel:
             keys_at = _placement.place(lengths_k, shares.world, Mask(), how, order=order, **options)
         sanitize = any(isinstance(p, Packing) and p.sanitize for p in (packing_or_seqlen, packing_kv))
         if capacity is not None:
-            how = "in order" if comm == "a2a" else placement
-            queries = keys_at = _static.roomy(queries, memory.rows, shares.world, pad_to_multiple_of, how)
+            kind = "in order" if comm == "a2a" else placement
+            queries = keys_at = _static.roomy(queries, memory.rows, shares.world, pad_to_multiple_of, kind)
         data = PlanData(
             comm, shares, self.rank, mask, queries, keys_at, memory, memory_k, keys is not None, wished,
             pad_to_multiple_of, shape, given, tuple(sorted(wanted)), sanitize, capacity,

@@ -47,6 +47,7 @@ class ContextPlan(Shards):
         self._data = data
         self._agreed = False
         self._tables: dict[Any, Tables] = {}
+        self._checked: dict[Any, Any] = {}  # sizes of calls whose arguments were found right
         keys = Shards(data.keys, data.memory_k, data.rank, members) if data.cross else self
         self._kv: Shards = keys
 

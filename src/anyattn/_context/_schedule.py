@@ -263,7 +263,8 @@ class _Sums:
     def add(self, unit: Unit, call: CallTables, out: Tensor, lse: Tensor) -> None:
         """Merge a result."""
         heads = unit.heads.q
-        _rows.merge_rows(self._out[:, heads], self._lse[heads], out, lse, call.rows, call.part_rows)
+        mine = self._out[:, heads], self._lse[heads]
+        _rows.merge_rows(*mine, out, lse, call.rows, call.part_rows, fresh=call.fresh)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(out, lse)."""

@@ -36,6 +36,8 @@ class CallTables:
     part_rows: Tensor
     q_rows: Tensor
     """int32 (rows of the query shard, 1): where each lies in what the call returns."""
+    fresh: bool
+    """No call before has a query row of this one."""
     key_positions: tuple[int, int] | None = None
     """For terms over (seq_q, seq_k): the positions of the keys that the call sees."""
 
@@ -107,7 +109,9 @@ def build(data: PlanData, device: torch.device, *, alibi: bool, dense: bool) -> 
     up = _Upload()
     direct = _is_direct(plan) and not dense
     place = data.rank // data.topology.heads
-    frame = _Frame(rows_q, rows_k, data, queries.pieces[place], dense, direct)
+    frame = _Frame(
+        rows_q, rows_k, data, queries.pieces[place], dense, direct, torch.zeros(rows_q, dtype=torch.bool, device="cpu")
+    )
     stages = tuple(_stage(s, frame, up) for s in plan.stages)
     calls = [c for s in stages for c in s.calls]
     local = [s for s in stages if s.stage.local]
@@ -165,6 +169,15 @@ class _Frame:
     """This rank's queries."""
     dense: bool
     direct: bool
+    seen: Tensor
+    """bool (rows_q,): query rows of the calls so far."""
+
+    def take(self, rows: Tensor) -> bool:
+        """Mark rows as seen; whether none was before."""
+        index = rows.long()
+        fresh = not bool(self.seen[index].any())
+        self.seen[index] = True
+        return fresh
 
 
 def _stage(stage: Stage, frame: _Frame, up: _Upload) -> StageTables:
@@ -226,6 +239,7 @@ def _call(call: KernelCall, frame: _Frame, rows_k: int, up: _Upload) -> CallTabl
         rows if capacity else up.add(rows),
         rows - q[0] if capacity else up.add(rows - q[0]),
         up.add(q_rows[:, None]),
+        frame.take(rows),
         _key_positions(call.entries[0], frame) if frame.dense else None,
     )
 
