@@ -412,7 +412,7 @@ def test_windows_move_a_halo_only() -> None:
     layout = Layout((40,), tuple((Piece(0, 10 * r, 10 * r + 10, 0),) for r in range(4)), 10)
     made = world("gather", layout, layout, Mask(3, 0))
     made.check()
-    assert [plan.stages[1].receive for plan in made.plans] == [(0,) * 4, (3, 10, 0, 0), (0, 3, 10, 0), (0, 0, 3, 10)]
+    assert [plan.stages[1].receive for plan in made.plans] == [(0,) * 4, (3, 3, 0, 0), (0, 3, 3, 0), (0, 0, 3, 3)]
     ring = world("ring", layout, layout, Mask(3, 0))
     ring.check()
     assert [sum(sum(s.receive) for s in plan.stages) for plan in ring.plans] == [0, 3, 3, 3]

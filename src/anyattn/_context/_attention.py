@@ -13,6 +13,7 @@ from anyattn import _core
 from anyattn._autograd import NoSecondBackward
 from anyattn._call import Saved
 from anyattn._context import _schedule
+from anyattn._context._backward import Given, backward
 from anyattn._context._heads import HeadExchange
 from anyattn._context._kernel import Terms
 from anyattn._context._schedule import Answer, Job
@@ -184,7 +185,7 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tens
     (part,) = parts
     dout = torch.zeros_like(part.answer.out) if dout is None else dout
     terms = _terms_of(run, alibi, bias, mask, slice(0, part.q.shape[1]), 0)
-    got = _schedule.backward(run.job, part.q, part.k, part.v, terms, part.answer, dout, dlse)
+    got = backward(run.job, Given(part.q, part.k, part.v, terms, part.answer, dout, dlse))
     if dsink is not None:
         dsink += _core.sink_gradient(sink, Saved(part.answer.out, part.answer.lse, None), dout, dlse)
     return None, got.dq, got.dk, got.dv, None if dsink is None else dsink.to(sink.dtype), got.dbias
@@ -212,7 +213,7 @@ def _gradients_by_heads(
             (by_row,) = heads.take(arrivals[1], [(heads.share.heads, 1)], into)
             mine_lse = by_row.squeeze(2).t()
         terms = _terms_of(run, alibi, None, None, own, group)
-        got = _schedule.backward(run.job, part.q, part.k, part.v, terms, part.answer, mine, mine_lse)
+        got = backward(run.job, Given(part.q, part.k, part.v, terms, part.answer, mine, mine_lse))
         if dsink is not None and sink is not None:
             final = Saved(part.answer.out, part.answer.lse, None)
             dsink[own] += _core.sink_gradient(sink[own], final, mine, mine_lse)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anyattn import _core, _environment, _select
-from anyattn._context import _attention, _schedule, _tables
+from anyattn._context import _attention, _cost, _schedule, _tables
 from anyattn._context._attention import ContextAttention, Run
 from anyattn._context._heads import HeadExchange, shares
 from anyattn._context._kernel import Options, Terms
@@ -132,7 +132,7 @@ def explain(t: Tensors, asked: Asked, plan: Any, installed: Any, arch: int | Non
     def part(x: Tensor, which: int) -> Tensor:
         return x.reshape(-1)[:1].expand(rows[which], heads[which], x.shape[-1]) if x.numel() else x[0]
 
-    kernel = _schedule._kernel(run.job, call)
+    kernel = _schedule.kernel_of(run.job, call)
     terms = _attention._terms_of(run, run.terms.alibi, run.terms.bias, run.terms.mask, slice(0, heads[0]), 0)
     request = kernel.request(part(q, 0), part(k, 1), part(v, 1), terms)
     return _core.explain(request, installed, arch)
@@ -168,22 +168,37 @@ def _run(plan: ContextPlan, members: Any, t: Tensors, asked: Asked, qkv: tuple[T
     sequence_group = groups[0] if shape.sequence > 1 else None
     heads = None
     if shape.heads > 1:
-        wanted = _wanted_groups(plan.rows * batch * shape.heads, 2) if shape.sequence == 1 else 1
+        wanted = 2 if shape.sequence == 1 and _seconds(plan, batch, q, v) > 2 * LEAST else 1
         share = shares(shape.heads, q.shape[2], k.shape[2], wanted)
         heads = HeadExchange(share, groups[-1])
-    head_groups = 1
-    if heads is None and tables.exclusive and len(tables.remote) == 1:
-        head_groups = gcd(k.shape[2], _wanted_groups(plan.rows * batch, 4))
-    job = Job(tables, options, sequence_group, head_groups, dense)
+    job = Job(tables, options, sequence_group, _groups(plan, batch, q, k, v) if heads is None else 1, dense)
     slopes = None if t.alibi_slopes is None else t.alibi_slopes.detach()
     assert t.mask is None or isinstance(t.mask, Tensor)
     terms = Terms(slopes, t.bias, t.mask, _seed(asked, data.rank))
     return Run(job, heads, data.rank % shape.heads, terms, asked.return_lse)
 
 
-def _wanted_groups(rows: int, most: int) -> int:
-    """In how many parts heads travel: each must compute for longer than its launches take on the host."""
-    return min(most, 1 if rows < 4096 else 2 if rows < 16384 else 4)
+#: A part that computes for less than this many seconds takes the host longer than the device.
+LEAST = 4e-4
+
+
+def _seconds(plan: ContextPlan, batch: int, q: Tensor, v: Tensor) -> float:
+    """Roughly, of a rank's forward; the same on all ranks."""
+    flops = 2 * plan.mean_area * batch * q.shape[2] * (q.shape[-1] + v.shape[-1])
+    return flops / _cost.default_gpu().forward
+
+
+def _groups(plan: ContextPlan, batch: int, q: Tensor, k: Tensor, v: Tensor) -> int:
+    """In how many parts the key heads of a stage travel, so that one arrives while another is used; alike on all ranks.
+
+    A window moves little: one part. Where short documents stay whole, only those that are cut count.
+    """
+    data = plan._data
+    if data.topology.sequence == 1 or data.mask.left is not None:
+        return 1
+    share = plan.travelling * _seconds(plan, batch, q, v)
+    stages = data.topology.sequence if data.is_ring else 1
+    return gcd(k.shape[2], 4 if share > 8 * LEAST * stages * 4 else 2 if share > 4 * LEAST * stages else 1)
 
 
 def _seed(asked: Asked, rank: int) -> int | None:

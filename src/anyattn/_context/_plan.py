@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from anyattn._context import _agreement, _cost, _tables
@@ -137,9 +138,24 @@ class ContextPlan(Shards):
 
     # --- for the package ---
 
+    @property
+    def mean_area(self) -> float:
+        """Visible pairs per rank and head, on average."""
+        return self._areas[0]
+
+    @property
+    def travelling(self) -> float:
+        """The part of them that belongs to documents on several ranks."""
+        return self._areas[1]
+
+    @cached_property
+    def _areas(self) -> tuple[float, float]:
+        return self._data.mean_area()
+
     def take(self, data: PlanData) -> None:
         """Become the plan of another batch of the same capacity, in place."""
         self._data, self._agreed = data, False
+        self.__dict__.pop("_areas", None)
         self._replace(data.queries, data.memory_q)
         for (device, batch, alibi, dense), tables in self._tables.items():
             made = _tables.build(data.batched(batch), device, alibi=alibi, dense=dense)

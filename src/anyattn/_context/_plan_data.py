@@ -123,6 +123,19 @@ class PlanData:
             found += [total // heads] * heads
         return found
 
+    def mean_area(self) -> tuple[float, float]:
+        """Visible pairs per rank and head on average, and the part that belongs to documents on several ranks."""
+        held: dict[int, int] = {}
+        for pieces in self.inner[0].pieces:
+            for document in {p.document for p in pieces}:
+                held[document] = held.get(document, 0) + 1
+        total = cut = 0
+        for document, holders in held.items():
+            length = self.queries.lengths[document]
+            size = _geometry.area(self.mask, length, self.keys.lengths[document], 0, length)
+            total, cut = total + size, cut + (size if holders > 1 else 0)
+        return total / self.topology.world, cut / total if total else 0.0
+
     def fingerprint(self) -> dict[str, int]:
         """A number for each field that all ranks must agree about."""
         fields: dict[str, object] = {

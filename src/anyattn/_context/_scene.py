@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from anyattn._context._data import Layout, Mask, Piece, Run
 from anyattn._context._geometry import Meeting, Span, meet, needed
@@ -127,10 +128,41 @@ class Scene:
         n, m = self.len_q[queries.document], self.len_k[queries.document]
         return meet(self.mask, n, m, (queries.begin, queries.end), (keys.begin, keys.end))
 
+    def runs(self, rank: int, document: int) -> Iterator[Piece]:
+        """The runs of a document's queries on a rank; under a window, the part that sees own keys alone is one of them.
+
+        That part then computes while the keys of the rest arrive. It is cut off where it is the larger one.
+        """
+        for piece in self.q.shards[rank].get(document, ()):
+            low, high = self._at_home(rank, piece)
+            if (low, high) == (piece.begin, piece.end) or 2 * (high - low) <= piece.end - piece.begin:
+                yield piece
+                continue
+            cuts = (piece.begin, low, high, piece.end)
+            for begin, end in pairwise(cuts):
+                if begin < end:
+                    yield Piece(document, begin, end, piece.row + begin - piece.begin)
+
+    def _at_home(self, rank: int, piece: Piece) -> Span:
+        """The queries of a run whose keys are within the run of keys of this rank that lies with it."""
+        left, right, top_left = self.mask
+        length = self.len_k[piece.document]
+        shift = 0 if top_left else length - self.len_q[piece.document]
+        best = (piece.begin, piece.begin)
+        for _, begin, end, _ in self.k.shards[rank].get(piece.document, ()):
+            low, high = piece.begin, piece.end
+            if begin > 0:
+                low = piece.end if left is None else max(low, begin + left - shift)
+            if end < length:
+                high = piece.begin if right is None else min(high, end - right - shift)
+            if high - low > best[1] - best[0]:
+                best = (low, high)
+        return best
+
     def seen(self, rank: int, document: int) -> Iterator[tuple[Piece, Meeting]]:
         """The runs of a document's queries on a rank, and all the keys that each sees."""
         whole = Piece(document, 0, self.len_k[document], 0)
-        for piece in self.q.shards[rank].get(document, ()):
+        for piece in self.runs(rank, document):
             meeting = self.meet(piece, whole)
             if meeting is not None:
                 yield piece, meeting
@@ -145,7 +177,7 @@ class Scene:
     def needed(self, rank: int, document: int) -> list[Span]:
         """The keys that each run of a document's queries on a rank sees, where it sees any."""
         n, m = self.len_q[document], self.len_k[document]
-        runs = self.q.shards[rank].get(document, ())
+        runs = self.runs(rank, document)
         spans = [needed(self.mask, n, m, begin, end) for _, begin, end, _ in runs]
         return [span for span in spans if span[0] < span[1]]
 

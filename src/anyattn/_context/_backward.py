@@ -1,0 +1,231 @@
+"""Backward of a plan's stages. out and lse are the final ones, so each kernel call only adds.
+
+Keys are fetched again. What a unit owes to other ranks sets out as soon as it is known, and arrives while the next unit
+computes; the local stage comes last. Sums are made in float32, and rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anyattn._call import Saved
+from anyattn._context import _rows
+from anyattn._context._exchange import Arrival, exchange
+from anyattn._context._kernel import Terms
+from anyattn._context._schedule import (
+    Answer,
+    Heads,
+    Job,
+    Unit,
+    Wire,
+    fewer,
+    head_groups,
+    kernel_of,
+    terms_of,
+    units_of,
+    with_keys,
+)
+from anyattn._context._tables import CallTables
+
+
+class Gradients(NamedTuple):
+    """What backward returns."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None
+
+
+class Given(NamedTuple):
+    """What backward starts from."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    terms: Terms
+    answer: Answer
+    dout: Tensor
+    dlse: Tensor | None
+
+
+def backward(job: Job, x: Given) -> Gradients:
+    """Gradients of this rank's rows; rows of no call are zero."""
+    tables = job.tables
+    if tables.direct:
+        call = tables.stages[0].calls[0]
+        mine = terms_of(x.terms, slice(0, x.q.shape[1]), 0)
+        saved = Saved(x.answer.out, x.answer.lse, x.answer.rngs[0])
+        return Gradients(*kernel_of(job, call).run_backward(x.q, x.k, x.v, mine, saved, x.dout, x.dlse))
+    work = _Gathered(job, x) if tables.exclusive else _Merged(job, x)
+    for unit, keys, values in with_keys(job, units_of(job, x.q, x.k, backward=True), x.k, x.v):
+        (work.local if unit.local else work.remote)(unit, keys, values)
+    return work.result()
+
+
+class _Part(NamedTuple):
+    """What one kernel call gives, in the rows that it got."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+class _Work:
+    """What both kinds of plans share: the kernel calls, and what travels."""
+
+    def __init__(self, job: Job, x: Given) -> None:
+        self.job, self.tables, self.x = job, job.tables, x
+        self.wide = torch.float64 if x.q.dtype == torch.float64 else torch.float32
+        self.dq, self.dk, self.dv = (t.new_empty(t.shape) for t in (x.q, x.k, x.v))
+        bias = x.terms.bias if job.options.bias_grad else None
+        self.dbias = None if bias is None else torch.zeros_like(bias, dtype=self.wide)
+        self.travelling: list[tuple[Unit, Arrival]] = []
+
+    def calls(self, unit: Unit, k: Tensor, v: Tensor) -> list[tuple[CallTables, _Part]]:
+        """The calls of a unit; k and v are its key buffer."""
+        x, found = self.x, []
+        heads = unit.heads.q
+        for i, call in enumerate(unit.stage.calls):
+            (q0, q1), (k0, k1), number = call.q, call.k, unit.number + i
+            lse = x.answer.lse[heads, q0:q1].contiguous()  # kernels read it as it lies in memory
+            saved = Saved(x.answer.out[q0:q1, heads], lse, x.answer.rngs[number])
+            dlse = None if x.dlse is None else x.dlse[heads, q0:q1].contiguous()
+            kernel, terms = kernel_of(self.job, call), terms_of(x.terms, heads, number)
+            dq, dk, dv, dbias = kernel.run_backward(
+                x.q[q0:q1, heads], k[k0:k1], v[k0:k1], terms, saved, x.dout[q0:q1, heads], dlse
+            )
+            if dbias is not None and self.dbias is not None:
+                whole = self.dbias[:, heads] if self.dbias.shape[1] > 1 else self.dbias
+                kernel.cut(whole).add_(dbias)
+            found.append((call, _Part(dq, dk, dv)))
+        return found
+
+    def owe(self, unit: Unit, parts: list[_Part], heads: int) -> None:
+        """Send what others' keys got; take in what has come back so far."""
+        stage, k, v = unit.stage, self.x.k, self.x.v
+        wire = Wire.empty(k, stage.back.shape[0], heads, k.shape[2], v.shape[2])
+        if parts:
+            _rows.sum_rows(wire.k, fewer([p.dk for p in parts]), stage.back)
+            _rows.sum_rows(wire.v, fewer([p.dv for p in parts]), stage.back)
+        self.arrived()
+        self.travelling.append((unit, exchange(self.job.group, wire.rows, stage.stage.receive, stage.send_counts)))
+
+    def arrived(self) -> None:
+        """Take in everything that is on its way."""
+        for unit, arrival in self.travelling:
+            self.take(unit, Wire(arrival.wait(), self.x.k.shape[2], self.x.v.shape[2]))
+        self.travelling.clear()
+
+    def take(self, unit: Unit, wire: Wire) -> None:
+        """Take in what came back for a unit."""
+        raise NotImplementedError
+
+    def gradients(self) -> Gradients:
+        """All of them."""
+        bias = self.x.terms.bias
+        dbias = None if self.dbias is None or bias is None else self.dbias.to(bias.dtype)
+        return Gradients(self.dq, self.dk, self.dv, dbias)
+
+
+class _Gathered(_Work):
+    """No query row is in two calls, and there is at most one remote stage: everything is put together at the end."""
+
+    def __init__(self, job: Job, x: Given) -> None:
+        super().__init__(job, x)
+        self.groups = head_groups(job, x.q, x.k)
+        self.own: list[_Part] = []
+        self.dqs: list[list[Tensor]] = [[] for _ in self.groups]
+        self.home: list[Wire | None] = [None for _ in self.groups]
+
+    def remote(self, unit: Unit, k: Tensor, v: Tensor) -> None:
+        """A unit over others' keys."""
+        parts = [part for _, part in self.calls(unit, k, v)]
+        self.dqs[unit.group] = [p.dq for p in parts]
+        self.owe(unit, parts, k.shape[1])
+
+    def take(self, unit: Unit, wire: Wire) -> None:
+        """Keep what came back."""
+        self.home[unit.group] = wire
+
+    def local(self, unit: Unit, k: Tensor, v: Tensor) -> None:
+        """The unit over this rank's own keys, with all heads."""
+        self.own += [part for _, part in self.calls(unit, k, v)]
+
+    def result(self) -> Gradients:
+        """Put together."""
+        self.arrived()
+        for i, heads in enumerate(self.groups):
+            mine = [_Part(p.dq[:, heads.q], p.dk[:, heads.k], p.dv[:, heads.k]) for p in self.own]
+            _fill(self.dq[:, heads.q], [*(p.dq for p in mine), *self.dqs[i]], self.tables.out)
+            home = self.home[i]
+            table = self.tables.own if home is None else self.tables.own_and_home
+            _fill(self.dk[:, heads.k], [*([home.k] if home else []), *(p.dk for p in mine)], table)
+            _fill(self.dv[:, heads.k], [*([home.v] if home else []), *(p.dv for p in mine)], table)
+        return self.gradients()
+
+
+class _Merged(_Work):
+    """Query rows are in many calls: sums in float32, of one group of heads at a time."""
+
+    def __init__(self, job: Job, x: Given) -> None:
+        super().__init__(job, x)
+        self.sums: _Part | None = None
+
+    def _sums(self, heads: Heads) -> _Part:
+        """The sums of a group of heads, begun where there are none."""
+        if self.sums is None:
+            x, cut = self.x, (heads.q, heads.k, heads.k)
+            zeros = [
+                t.new_zeros(t.shape[0], c.stop - c.start, t.shape[2], dtype=self.wide)
+                for t, c in zip((x.q, x.k, x.v), cut, strict=True)
+            ]
+            self.sums = _Part(*zeros)
+        return self.sums
+
+    def _add(self, unit: Unit, k: Tensor, v: Tensor) -> list[_Part]:
+        sums, parts = self._sums(unit.heads), []
+        for call, part in self.calls(unit, k, v):
+            _rows.sum_rows(sums.dq, [part.dq], call.q_rows, base=sums.dq)
+            parts.append(part)
+        return parts
+
+    def remote(self, unit: Unit, k: Tensor, v: Tensor) -> None:
+        """A unit over others' keys."""
+        self.owe(unit, self._add(unit, k, v), k.shape[1])
+
+    def take(self, unit: Unit, wire: Wire) -> None:
+        """Add what came back."""
+        sums = self._sums(unit.heads)
+        for total, rows in ((sums.dk, wire.k), (sums.dv, wire.v)):
+            _rows.sum_rows(total, [rows], unit.stage.home, base=total)
+
+    def local(self, unit: Unit, k: Tensor, v: Tensor) -> None:
+        """The unit over this rank's own keys, the last of its group of heads."""
+        own = self._add(unit, k, v)
+        self.arrived()
+        sums, heads = self._sums(unit.heads), unit.heads
+        self.dq[:, heads.q] = sums.dq
+        for into, total, parts in (
+            (self.dk[:, heads.k], sums.dk, [p.dk for p in own]),
+            (self.dv[:, heads.k], sums.dv, [p.dv for p in own]),
+        ):
+            if parts:
+                _rows.sum_rows(into, fewer(parts), self.tables.own, base=total)
+            else:
+                into.copy_(total)
+        self.sums = None
+
+    def result(self) -> Gradients:
+        """All of them."""
+        return self.gradients()
+
+
+def _fill(into: Tensor, sources: list[Tensor], table: Tensor) -> None:
+    if sources:
+        _rows.sum_rows(into, fewer(sources), table)
+    else:
+        into.zero_()
