@@ -63,6 +63,7 @@ def backward(job: Job, x: Given) -> Gradients:
     work = _Gathered(job, x) if tables.exclusive else _Merged(job, x)
     for unit, keys, values in with_keys(job, units_of(job, x.q, x.k, backward=True), x.k, x.v):
         (work.local if unit.local else work.remote)(unit, keys, values)
+        del keys, values
     return work.result()
 
 
@@ -112,7 +113,8 @@ class _Work:
             _rows.sum_rows(wire.k, fewer([p.dk for p in parts]), stage.back)
             _rows.sum_rows(wire.v, fewer([p.dv for p in parts]), stage.back)
         self.arrived()
-        self.travelling.append((unit, exchange(self.job.group, wire.rows, stage.stage.receive, stage.send_counts)))
+        counts = stage.stage.receive, stage.send_counts
+        self.travelling.append((unit, exchange(self.job.group, wire.rows, *counts, head_start=True)))
 
     def arrived(self) -> None:
         """Take in everything that is on its way."""
@@ -137,35 +139,60 @@ class _Gathered(_Work):
     def __init__(self, job: Job, x: Given) -> None:
         super().__init__(job, x)
         self.groups = head_groups(job, x.q, x.k)
-        self.own: list[_Part] = []
-        self.dqs: list[list[Tensor]] = [[] for _ in self.groups]
-        self.home: list[Wire | None] = [None for _ in self.groups]
+        #: By unit: the heads, and the parts of its calls.
+        self.own: list[tuple[Heads, list[_Part]]] = []
+        self.dqs: list[tuple[Heads, list[Tensor]]] = []
+        self.home: list[tuple[Heads, Wire]] = []
 
     def remote(self, unit: Unit, k: Tensor, v: Tensor) -> None:
         """A unit over others' keys."""
         parts = [part for _, part in self.calls(unit, k, v)]
-        self.dqs[unit.group] = [p.dq for p in parts]
+        self.dqs.append((unit.heads, [p.dq for p in parts]))
         self.owe(unit, parts, k.shape[1])
 
     def take(self, unit: Unit, wire: Wire) -> None:
         """Keep what came back."""
-        self.home[unit.group] = wire
+        self.home.append((unit.heads, wire))
 
     def local(self, unit: Unit, k: Tensor, v: Tensor) -> None:
-        """The unit over this rank's own keys, with all heads."""
-        self.own += [part for _, part in self.calls(unit, k, v)]
+        """A unit over this rank's own keys."""
+        self.own.append((unit.heads, [part for _, part in self.calls(unit, k, v)]))
 
     def result(self) -> Gradients:
-        """Put together."""
+        """Put together, by the smallest groups of heads that any unit had."""
         self.arrived()
-        for i, heads in enumerate(self.groups):
-            mine = [_Part(p.dq[:, heads.q], p.dk[:, heads.k], p.dv[:, heads.k]) for p in self.own]
-            _fill(self.dq[:, heads.q], [*(p.dq for p in mine), *self.dqs[i]], self.tables.out)
-            home = self.home[i]
-            table = self.tables.own if home is None else self.tables.own_and_home
-            _fill(self.dk[:, heads.k], [*([home.k] if home else []), *(p.dk for p in mine)], table)
-            _fill(self.dv[:, heads.k], [*([home.v] if home else []), *(p.dv for p in mine)], table)
+        every = [heads for heads, _ in (*self.own, *self.home)]
+        for heads in finest(every) or self.groups:
+            own = [
+                _Part(p.dq[:, inner.q], p.dk[:, inner.k], p.dv[:, inner.k])
+                for outer, parts in self.own
+                if (inner := within(heads, outer)) is not None
+                for p in parts
+            ]
+            dqs = [x[:, inner.q] for outer, parts in self.dqs if (inner := within(heads, outer)) for x in parts]
+            home = [
+                (wire.k[:, inner.k], wire.v[:, inner.k]) for outer, wire in self.home if (inner := within(heads, outer))
+            ]
+            table = self.tables.own_and_home if home else self.tables.own
+            _fill(self.dq[:, heads.q], [*(p.dq for p in own), *dqs], self.tables.out)
+            _fill(self.dk[:, heads.k], [*(k for k, _ in home), *(p.dk for p in own)], table)
+            _fill(self.dv[:, heads.k], [*(v for _, v in home), *(p.dv for p in own)], table)
         return self.gradients()
+
+
+def finest(groups: list[Heads]) -> list[Heads]:
+    """The smallest of groups that divide the heads evenly, each once."""
+    size = min((h.q.stop - h.q.start for h in groups), default=0)
+    found = {(h.q.start, h.q.stop, h.k.start, h.k.stop): h for h in groups if h.q.stop - h.q.start == size}
+    return list(found.values())
+
+
+def within(heads: Heads, outer: Heads) -> Heads | None:
+    """A group of heads in the numbering of one that has it; None if it does not."""
+    if not (outer.q.start <= heads.q.start and heads.q.stop <= outer.q.stop):
+        return None
+    q, k = outer.q.start, outer.k.start
+    return Heads(slice(heads.q.start - q, heads.q.stop - q), slice(heads.k.start - k, heads.k.stop - k))
 
 
 class _Merged(_Work):

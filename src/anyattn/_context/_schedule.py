@@ -98,9 +98,22 @@ def units_of(job: Job, q: Tensor, k: Tensor, *, backward: bool = False) -> list[
         number += len(stage.calls)
     if not backward:
         return units
-    if job.tables.exclusive:  # remote units first: what they owe travels while the local one computes
-        return [u for u in units if not u.local] + [u for u in units if u.local]
+    if job.tables.exclusive:
+        return _around([u for u in units if not u.local], [u for u in units if u.local], job, q, k)
     return [u for i, _ in groups for local in (False, True) for u in units if u.group == i and u.local == local]
+
+
+def _around(remote: list[Unit], local: list[Unit], job: Job, q: Tensor, k: Tensor) -> list[Unit]:
+    """Backward's order where nothing is merged.
+
+    Half of the local heads computes while the first keys arrive, and the other half while what is owed travels. With
+    dropout a call has the heads that forward's had, and the local stage comes last.
+    """
+    if not remote or job.options.dropout or k.shape[1] % 2:
+        return remote + local
+    halves = [Heads(a, b) for a, b in zip(_split(q.shape[1], 2), _split(k.shape[1], 2), strict=True)]
+    first, second = ([u._replace(group=i, heads=heads) for u in local] for i, heads in enumerate(halves))
+    return [*first, *remote, *second]
 
 
 # --- keys on their way ---
@@ -136,7 +149,7 @@ def _fetch(job: Job, unit: Unit, k: Tensor, v: Tensor) -> Arrival:
     wire = Wire.empty(k, stage.send.shape[0], heads.stop - heads.start, k.shape[2], v.shape[2])
     _rows.sum_rows(wire.k, [k[:, heads]], stage.send)
     _rows.sum_rows(wire.v, [v[:, heads]], stage.send)
-    return exchange(job.group, wire.rows, stage.send_counts, stage.stage.receive)
+    return exchange(job.group, wire.rows, stage.send_counts, stage.stage.receive, head_start=True)
 
 
 def _keys(unit: Unit, arrival: Arrival, dim: int, dim_v: int) -> tuple[Tensor, Tensor]:
@@ -159,8 +172,11 @@ def with_keys(job: Job, units: list[Unit], k: Tensor, v: Tensor) -> Iterator[tup
             yield unit, k[:, unit.heads.k], v[:, unit.heads.k]
             continue
         assert arrival is not None
-        mine, arrival = arrival, _fetch(job, waiting.pop(), k, v) if waiting else None
-        yield unit, *_keys(unit, mine, k.shape[2], v.shape[2])
+        following = _fetch(job, waiting.pop(), k, v) if waiting else None
+        keys, values = _keys(unit, arrival, k.shape[2], v.shape[2])
+        arrival = following
+        yield unit, keys, values
+        del keys, values
 
 
 # --- the terms of one call ---
@@ -196,6 +212,7 @@ def forward(job: Job, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Answer:
     rngs: list[Tensor | None] = []
     for unit, keys, values in with_keys(job, units_of(job, q, k), k, v):
         _compute(job, unit, q, keys, values, terms, into, rngs)
+        del keys, values
     return Answer(*into.result(), tuple(rngs))
 
 
