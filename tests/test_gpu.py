@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch import Tensor
 import anyattn
 import cases
 import oracle
-from anyattn import Packing
+from anyattn import Packing, _padding
 from cases import Case, Problem, Span, Target
 from oracle import Terms
 from test_conformance import check, run
@@ -167,6 +168,44 @@ def test_a_captured_graph_replays_with_another_batch(cuda_target: Target, scores
         check(problem, out, lse, grads)
 
 
+def test_a_packing_that_a_graph_refills_is_read_anew(cuda_target: Target) -> None:
+    """The graph holds copy_ too: what was derived before it, or beside it, is not taken for the new batch."""
+    case = case_for(cuda_target, form="thd_gaps", mask="causal", asks="lse_grad")
+    heads, _, kv_heads = case.heads.partition("/")
+    dtype, rows = cases.DTYPES[case.dtype], 1024
+    capacity: dict[str, Any] = {"max_sequences": 5, "max_rows": rows, "max_seqlen": 512, "device": "cuda"}
+    packing, source = (Packing.from_lengths([300], **capacity) for _ in range(2))
+    make = {"device": "cuda", "dtype": dtype, "requires_grad": True}
+    q, k, v = (torch.randn(rows, int(n), 64, **make) for n in (heads, kv_heads or heads, kv_heads or heads))
+    dout, dlse = torch.randn_like(q), torch.randn(int(heads), rows, device="cuda")
+    arguments: dict[str, Any] = {"causal": True, "packing": packing, "backend": cuda_target.name, "return_lse": True}
+
+    def work(*leaves: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        out, lse = anyattn.attention(*leaves, **arguments)
+        grads = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+        return out.detach(), lse.detach(), dict(zip("qkv", grads, strict=True))
+
+    def refill_and_work() -> Any:
+        packing.copy_(source)
+        return work(q, k, v)
+
+    others = [x.detach().clone().requires_grad_() for x in (q, k, v)]  # autograd ties a leaf to one stream
+    work(*others)
+    graph, captured = capture(refill_and_work)
+    for lengths in ([100, 257, 0, 64], [512, 1, 2]):
+        new = Packing.from_lengths(lengths, pad_to_multiple_of=16)
+        source.copy_(new.to("cuda"))
+        graph.replay()
+        torch.cuda.synchronize()
+        spans = [Span(0, s, n, s, n) for s, n in zip(new.cu_seqlens_padded.tolist(), lengths, strict=False)]
+        leaves = {"q": q, "k": k, "v": v}
+        problem = Problem(
+            q, k, v, arguments, spans, Terms(causal=True), "thd", dtype, None, dout[None], dlse[None], leaves
+        )  # fmt: skip
+        check(problem, *captured)
+        check(problem, *work(*others))
+
+
 def test_a_captured_dense_graph_replays(cuda_target: Target) -> None:
     problem = cases.build(case_for(cuda_target, form="bshd", mask="causal", asks="lse_grad"))
     graph, (out, lse, grads) = capture(lambda: run(problem))
@@ -181,9 +220,9 @@ def test_a_captured_dense_graph_replays(cuda_target: Target) -> None:
 # --- streams, compiled regions, other devices ----------------------------------------------------------------------
 
 
-def test_kernels_run_on_the_current_stream(cuda_target: Target) -> None:
-    """Work that the kernel must wait for is on a side stream."""
-    form = "bshd" if "dense" in cuda_target.capability.features else "thd_gaps"
+@pytest.mark.parametrize("form", ["bshd", "thd_gaps"])
+def test_kernels_run_on_the_current_stream(cuda_target: Target, form: str) -> None:
+    """Work that the kernel must wait for is on a side stream, and so is the zeroing of padding."""
     problem = cases.build(case_for(cuda_target, form=form, mask="causal", asks="lse_grad"))
     run(problem)
     side = torch.cuda.Stream()
@@ -245,10 +284,38 @@ def test_every_kernel_compiles_without_a_graph_break(cuda_target: Target, form: 
     check(problem, out, lse, dict(zip(problem.leaves, grads, strict=True)))
 
 
-def test_a_kernel_runs_on_the_device_of_its_tensors(cuda_target: Target) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("form", ["bshd", "thd_gaps"])
+def test_every_kernel_compiles_to_cuda_graphs(cuda_target: Target, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mode="reduce-overhead": nothing that a kernel keeps from call to call may lie in a graph's memory."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest keeps what it logs: tensors
+    problem = cases.build(case_for(cuda_target, form=form, mask="causal"))
+    torch._dynamo.reset()
+    arguments, inputs = {**problem.arguments, "return_lse": False}, (problem.q, problem.k, problem.v)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return anyattn.attention(q * 1.0, k, v, **arguments)
+
+    compiled = torch.compile(function, fullgraph=True, mode="reduce-overhead")
+    assert problem.dout is not None
+    dout = cases.from_bshd(problem.dout, problem.layout)
+    for _ in range(4):  # compiled, run in the graph's memory, captured, replayed
+        torch.compiler.cudagraph_mark_step_begin()
+        out = compiled(*inputs)
+        grads = torch.autograd.grad(out, inputs, dout)
+        result = out.detach().clone(), [x.clone() for x in grads]
+        del out, grads
+    check(problem, result[0], None, dict(zip(problem.leaves, result[1], strict=True)))
+    check(problem, *run(problem, return_lse=False))
+
+
+@pytest.mark.parametrize("form", ["bshd", "thd_gaps"])
+def test_a_kernel_runs_on_the_device_of_its_tensors(
+    cuda_target: Target, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    form = "bshd" if "dense" in cuda_target.capability.features else "thd"
+    monkeypatch.setattr(_padding, "SMALL", 0)  # Triton launches on the current device, unless told
     case = case_for(cuda_target, form=form, mask="causal")
     problem = cases.build(replace(case), device="cuda:1")
     assert torch.cuda.current_device() == 0

@@ -11,6 +11,7 @@ from torch import Tensor
 import anyattn
 import cases
 import oracle
+from anyattn import _padding
 from anyattn._call import Call, Gradients, Result, Rows, Saved
 from anyattn._packing import valid_rows
 from cases import Case, Problem, Target, from_bshd, lse_to_bhs, to_bshd
@@ -78,6 +79,79 @@ def scribble(x: Tensor, dim: int, rows: Rows) -> Tensor:
     """What a kernel may leave in rows that it was not asked for: anything."""
     padding = ~valid_rows(rows, x.shape[dim])
     return x.masked_fill(padding.view((-1,) + (1,) * (x.ndim - 1 - dim)), float("nan"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", PADDED)
+@pytest.mark.parametrize("scores", ["plain", "sink"])
+def test_large_tensors_are_zeroed_as_exactly(
+    cuda_target: Target, form: str, scores: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the Triton kernel: here every tensor counts as large."""
+    monkeypatch.setattr(_padding, "SMALL", 0)
+    problem = cases.build(padded_case(cuda_target, form, relation="any", scores=scores, asks="lse_grad"))
+    poison("cuda")
+    check(problem, *run(problem))
+
+
+#: Lengths, first rows with the end of the last one's room, and rows.
+BATCHES = {
+    "between": ([3, 5], [0, 4, 12], 12),
+    "before and after": ([2, 2], [1, 3, 5], 9),
+    "none": ([3, 5], [0, 3, 8], 8),
+    "empty sequences": ([0, 3, 0, 0, 2, 0], [0, 2, 5, 5, 6, 8, 9], 9),
+    "nothing but padding": ([0, 0], [2, 2, 4], 6),
+    "no sequence": ([], [0], 3),
+}
+
+
+def _batch(name: str) -> anyattn.Packing:
+    lengths, starts, rows = BATCHES[name]
+    cu = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    offsets = (torch.tensor(x, dtype=torch.int32) for x in (cu, starts))
+    return anyattn.Packing(*offsets, rows=rows)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_masks_say_what_is_padding(name: str) -> None:
+    """What serves small CUDA tensors writes what the CPU's slices do: in rows of any stride, and in lse."""
+    packing = _batch(name)
+    out, lse = torch.randn(packing.rows + 1, 2, 3), torch.randn(2, packing.rows + 1)
+    wide = torch.randn(packing.rows + 1, 2, 5)[..., :3]
+    expected, filled = ([x.clone() for x in (out, lse, wide)] for _ in range(2))
+    filled[2] = wide
+    fills = [tuple((x, int(x.ndim == 2), -INF if x.ndim == 2 else 0.0) for x in xs) for xs in (expected, filled)]
+    _padding.fill_gaps(packing._rows, *fills[0])
+    assert _padding.fill_by_masks(packing._rows, fills[1])
+    assert all(map(torch.equal, expected, filled))
+
+
+def test_masks_follow_a_refilled_packing() -> None:
+    packing = anyattn.Packing.from_lengths([6], max_sequences=3, max_rows=8, max_seqlen=8)
+    for lengths in ([6], [1, 2], [], [8]):
+        packing.copy_(anyattn.Packing.from_lengths(lengths, pad_to_multiple_of=4))
+        x = torch.ones(8, 1, 1)
+        assert _padding.fill_by_masks(packing._rows, ((x, 0, 0.0),))
+        assert torch.equal(x.flatten() == 1, packing.valid)
+
+
+def test_masks_are_made_once_per_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, masks = [], _padding._masks
+
+    def counted(rows: Rows, total: int) -> tuple[Tensor, Tensor]:
+        made.append(total)
+        return masks(rows, total)
+
+    monkeypatch.setattr(_padding, "_masks", counted)
+    packing = _batch("between")
+    for _ in range(3):
+        _padding.fill_by_masks(packing._rows, ((torch.ones(12, 1, 1), 0, 0.0), (torch.ones(1, 12), 1, -INF)))
+    assert made == [12]
+    with torch.inference_mode():
+        table = packing._table.clone()
+    foreign = replace(packing._rows, table=table)  # a tensor without a version
+    assert not _padding.fill_by_masks(foreign, ((torch.ones(12, 1, 1), 0, 0.0),))
+    assert made == [12]
 
 
 @pytest.fixture

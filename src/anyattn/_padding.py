@@ -1,6 +1,7 @@
 """Zeroing what lies outside every sequence, and nothing else.
 
-No kernel writes those rows: they hold whatever the allocator left there. On CUDA one small Triton launch handles all
+No kernel writes those rows: they hold whatever the allocator left there. On CUDA, small tensors get a masked write
+each, by masks made once per packing: nothing costs the host less. Large ones get one small Triton launch for all
 tensors of a direction; blocks that hold no such row end after a look at the offsets.
 """
 
@@ -10,25 +11,64 @@ import torch
 from torch import Tensor
 
 from anyattn._call import Rows
+from anyattn._derived import kept
 from anyattn._packing import valid_rows
 
 Fill = tuple[Tensor, int, float]
 """A tensor, which of its dims counts rows (0, or 1 for lse), and the value that padding gets."""
 
+#: Bytes that a tensor may have to be read and written whole: a microsecond or two of a GPU.
+SMALL = 4 << 20
+
 
 def fill_gaps(rows: Rows, *fills: Fill) -> None:
-    """Write each tensor's value into its rows outside every sequence, in place."""
-    if fills[0][0].is_cuda:
-        from anyattn import _padding_triton
+    """Write each tensor's value into its rows outside every sequence, in place.
 
-        _padding_triton.fill_gaps(rows, fills)
+    All have the same number of rows, and none is much larger than the first.
+    """
+    first, dim, _ = fills[0]
+    if first.is_cuda:
+        if first.nbytes > SMALL or not fill_by_masks(rows, fills):
+            _fill_in_one_launch(rows, fills)
         return
     if rows.host is not None:
         _fill_between(rows.host, fills)
         return
-    padding = ~valid_rows(rows, fills[0][0].shape[fills[0][1]])
+    padding = ~valid_rows(rows, first.shape[dim])
     for x, dim, value in fills:
         x.masked_fill_(padding.view((-1,) + (1,) * (x.ndim - 1 - dim)), value)
+
+
+def fill_by_masks(rows: Rows, fills: tuple[Fill, ...]) -> bool:
+    """A masked write for each tensor. False, and nothing written, where masks are not kept from call to call."""
+    first, dim, _ = fills[0]
+    total = first.shape[dim]
+    masks = kept(rows, rows, ("padding", total), lambda: _masks(rows, total))
+    if masks is None:
+        return False
+    for x, dim, value in fills:
+        x.masked_fill_(masks[dim], value)
+    return True
+
+
+def _masks(rows: Rows, total: int) -> tuple[Tensor, Tensor]:
+    """True outside every sequence, as (T, 1, 1) and (T,): where as many sequences have begun as have ended."""
+    begin = rows.starts[:-1]
+    row = torch.arange(total, dtype=torch.int32, device=begin.device)
+    begun, ended = (torch.searchsorted(x, row, out_int32=True, right=True) for x in (begin, begin + rows.lengths))
+    mask = begun == ended
+    return mask.view(-1, 1, 1), mask
+
+
+def _fill_in_one_launch(rows: Rows, fills: tuple[Fill, ...]) -> None:
+    from anyattn import _padding_triton
+
+    device = fills[0][0].device
+    if device.index == torch.cuda.current_device():
+        _padding_triton.fill_gaps(rows, fills)
+        return
+    with torch.cuda.device(device):  # Triton launches on the current one
+        _padding_triton.fill_gaps(rows, fills)
 
 
 def _fill_between(host: tuple[tuple[int, int], ...], fills: tuple[Fill, ...]) -> None:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anyattn._call import Call, Gradients, Result, Saved
+from anyattn._call import Call, Gradients, Result, Saved, Spec
 from anyattn._derived import derived
 from anyattn._errors import Refused, Unsupported
 from anyattn._random import philox_seed, seeded
@@ -124,6 +124,8 @@ def _launches(q: Tensor, k: Tensor) -> list[_Heads]:
 def _part(x: _Problem, heads: _Heads) -> _Problem:
     """The problem of one launch."""
     of_q, of_k = heads
+    if x.q.shape[2] == x.k.shape[2]:  # all of it
+        return x
     q = x.q[:, :, of_q]
     k, v = (t[:, :, of_k].expand(-1, -1, q.shape[2], -1) for t in (x.k, x.v))
     return x._replace(q=q, k=k, v=v, bias=None if x.bias is None else x.bias[:, of_q])
@@ -166,7 +168,7 @@ def _result(call: Call, x: _Problem, out: Tensor, lse: Tensor | None, rng: Tenso
     if x.places is None:
         if lse is not None:
             lse = lse[..., : x.max_q]
-            lse = lse.contiguous() if x.dead is None else lse.masked_fill(x.dead, -INF)
+            lse = lse if x.dead is None else lse.masked_fill(x.dead, -INF)
         return Result(out if x.dead is None else without_dead_rows(out, x.dead), lse, rng)
     sequence, row, dead = x.places
     out = out[0]
@@ -185,7 +187,7 @@ def _result(call: Call, x: _Problem, out: Tensor, lse: Tensor | None, rng: Tenso
 def backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
     """See ``Backend.backward``."""
     x = _problem(call)
-    out, dout, lse = saved.out.contiguous(), aligned(dout), _padded_lse(x, saved.lse)
+    out, dout, lse = saved.out.contiguous(), aligned(dout), _padded_lse(call.spec, x, saved.lse)
     if x.places is not None:
         out, dout = out.unsqueeze(0), dout.unsqueeze(0)
     state = _dropout_state(call, saved)
@@ -230,9 +232,10 @@ def _grouped_backward(
     return dq, dk.to(x.k.dtype), dv.to(x.v.dtype), dbias
 
 
-def _padded_lse(x: _Problem, lse: Tensor) -> Tensor:
+def _padded_lse(spec: Spec, x: _Problem, lse: Tensor) -> Tensor:
     """The op's lse, padded with +inf beyond a sequence's end; +inf for a row that sees no key."""
-    lse = lse.masked_fill(lse == -INF, INF)
+    if x.places is not None or not spec.sees_key:
+        lse = lse.masked_fill(lse == -INF, INF)
     if x.places is None or x.cu_q is None:
         return torch.nn.functional.pad(lse, (0, -x.max_q % 32), value=INF)
     count, width = x.cu_q.shape[0] - 1, -(-x.max_q // 32) * 32

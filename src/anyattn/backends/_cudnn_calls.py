@@ -7,7 +7,7 @@ Legend: B batch, S seq, H heads, D head_dim, T rows of a packed batch, N sequenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anyattn._call import Call, Rows, Spec
-from anyattn._derived import derived
+from anyattn._derived import derived, in_graph_memory
 from anyattn.backends import _cudnn_graph as graphs
 from anyattn.backends._cudnn_graph import Band, Graph, Operand, Recipe, contiguous
 
@@ -229,8 +229,7 @@ def _growing(call: Call) -> Described:
         call.spec,
     )  # fmt: skip
     strides = (k.stride(0), v.stride(0), q.stride(0), seq_q * heads * dim_v, seq_q * heads)
-    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    make = _entries.__wrapped__ if capturing else _entries
+    make = _entries.__wrapped__ if q.is_cuda and in_graph_memory(q.get_device()) else _entries
     tables = make(q.device, graphs.current_stream(q.device), batch, strides, seq_q, seq_k)
     return Described(recipes, {graphs.Q: q, graphs.K: k, graphs.V: v, **tables}, by_token=True)
 
@@ -252,11 +251,14 @@ def _entries(
 
 
 class _Plan(NamedTuple):
-    """Packed recipes, and the row strides of their tables of offsets: of k's side, then of q's."""
+    """Packed recipes, their sequences, and the row strides of their tables of offsets: of k's side, then of q's."""
 
     recipes: Recipes
+    sequences: int
     of_k: tuple[int, ...]
     of_q: tuple[int, ...]
+    key: Hashable
+    """Of these tables."""
 
 
 def sequences(count: int) -> int:
@@ -274,19 +276,23 @@ def room(length: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _packed_plan(
-    device: int, dtype: torch.dtype, q: Numbers, k: Numbers, v: Numbers, count: int, longest: tuple[int, int],
-    rows: tuple[int, int], wide: bool, spec: Spec,
+    device: int, dtype: torch.dtype, q: tuple[Numbers, Numbers], k: tuple[Numbers, Numbers],
+    v: tuple[Numbers, Numbers], given_sequences: int, given_longest: tuple[int, int], spec: Spec,
 ) -> _Plan:  # fmt: skip
-    """q, k and v are (heads, dim, row stride, head stride). q's own row stride is the last table: backward has none."""
-    heads, dim, heads_k, dim_v = q[0], q[1], k[0], v[1]
-    of_k = tuple(dict.fromkeys((heads_k * dim, heads_k * dim_v, k[2], v[2])))
-    of_q = tuple(dict.fromkeys((heads * dim, heads * dim_v, heads, q[2])))
+    """q, k and v are shapes and strides. q's own row stride is the last table: backward has none."""
+    (total, heads, dim), (total_k, heads_k, _), (_, _, dim_v) = q[0], k[0], v[0]
+    row_q, row_k, row_v = q[1][0], k[1][0], v[1][0]
+    count = sequences(given_sequences)
+    longest, rows = (room(given_longest[0]), room(given_longest[1])), (room(total), room(total_k))
+    wide = max(total * max(row_q, heads * dim_v), total_k * max(row_k, row_v)) >= 1 << 31
+    of_k = tuple(dict.fromkeys((heads_k * dim, heads_k * dim_v, row_k, row_v)))
+    of_q = tuple(dict.fromkeys((heads * dim, heads * dim_v, heads, row_q)))
     table_k = {stride: i for i, stride in enumerate(of_k)}
     table_q = {stride: i + len(of_k) for i, stride in enumerate(of_q)}
 
-    def given(x: Numbers, seq: int, tables: dict[int, int]) -> Operand:
-        of_head = x[3] if x[0] > 1 else x[1]
-        return Operand((count, x[0], seq, x[1]), (seq * x[2], of_head, x[2], 1), tables[x[2]])
+    def given(x: tuple[Numbers, Numbers], seq: int, tables: dict[int, int]) -> Operand:
+        (_, of_heads, width), (row, head, _) = x
+        return Operand((count, of_heads, seq, width), (seq * row, head if of_heads > 1 else width, row, 1), tables[row])
 
     def fresh(side: int, of_heads: int, width: int) -> Operand:
         tables = table_k if side else table_q
@@ -301,7 +307,7 @@ def _packed_plan(
         grads=(fresh(0, heads, dim), fresh(1, heads_k, dim), fresh(1, heads_k, dim_v)),
         deterministic=spec.deterministic,
     )  # fmt: skip
-    return _Plan(recipes_of(recipe, spec), of_k, of_q)
+    return _Plan(recipes_of(recipe, spec), count, of_k, of_q, ("cudnn", count, of_k, of_q, wide))
 
 
 def _packed(call: Call) -> Described:
@@ -309,24 +315,20 @@ def _packed(call: Call) -> Described:
     assert rows_q is not None
     assert rows_k is not None
     q, k, v = aligned(call.q), aligned(call.k), aligned(call.v)
-    (total, *of_q), (total_k, *of_k), (_, *of_v) = q.shape, k.shape, v.shape
-    count = sequences(rows_q.lengths.shape[0])
-    wide = max(total * max(q.stride(0), of_q[0] * of_v[1]), total_k * max(k.stride(0), v.stride(0))) >= 1 << 31
     plan = _packed_plan(
-        q.device.index or 0, q.dtype, (*of_q, *q.stride()[:2]), (*of_k, *k.stride()[:2]), (*of_v, *v.stride()[:2]),
-        count, (room(rows_q.max_seqlen), room(rows_k.max_seqlen)), (room(total), room(total_k)), wide, call.spec,
+        q.device.index or 0, q.dtype, (q.shape, q.stride()), (k.shape, k.stride()), (v.shape, v.stride()),
+        rows_q.lengths.shape[0], (rows_q.max_seqlen, rows_k.max_seqlen), call.spec,
     )  # fmt: skip
-    key = ("cudnn", count, plan.of_k, plan.of_q, wide)
-    tables = derived(rows_q, rows_k, key, lambda: _tables(rows_q, rows_k, plan, count))
+    tables = derived(rows_q, rows_k, plan.key, lambda: _tables(rows_q, rows_k, plan))
     return Described(plan.recipes, {graphs.Q: q, graphs.K: k, graphs.V: v, **tables}, by_token=True)
 
 
-def _tables(rows_q: Rows, rows_k: Rows, plan: _Plan, count: int) -> dict[int, Tensor]:
+def _tables(rows_q: Rows, rows_k: Rows, plan: _Plan) -> dict[int, Tensor]:
     """Ragged offsets, in elements, and lengths."""
     made: list[Tensor] = []
     lengths = []
     for rows, strides in ((rows_k, plan.of_k), (rows_q, plan.of_q)):
-        extra = count - rows.lengths.shape[0]
+        extra = plan.sequences - rows.lengths.shape[0]
         starts = rows.starts.long() if plan.recipes.forward.wide else rows.starts
         starts = torch.cat([starts, starts[-1:].expand(extra)]) if extra else starts
         made += [starts * stride for stride in strides]

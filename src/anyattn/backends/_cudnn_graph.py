@@ -141,7 +141,9 @@ def _taken(pool: list[Any]) -> Any:
 
 def current_stream(device: torch.device) -> int:
     """The address of torch's current stream."""
-    return torch.cuda.current_stream(device).cuda_stream
+    index = torch.cuda.current_device() if device.index is None else device.index
+    address: int = torch._C._cuda_getCurrentRawStream(index)
+    return address
 
 
 @lru_cache(maxsize=1024)

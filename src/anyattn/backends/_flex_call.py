@@ -103,29 +103,34 @@ def entries_of(call: Call) -> int:
     return sequences if mask is not None and mask.shape[-2] != call.q.shape[0] else 1
 
 
-def _sides(call: Call) -> tuple[Side, Side]:
+class _Places(NamedTuple):
+    """Where the rows of a packed batch stand."""
+
+    queries: Side
+    keys: Side
+    tag_q: Tensor
+    """int32 (entries, S): a query sees the keys of its own tag."""
+    tag_k: Tensor
+
+
+def _places(call: Call) -> _Places:
     rows_q, rows_k = call.rows_q, call.rows_k
     assert rows_q is not None
     assert rows_k is not None
     entries, top_left = entries_of(call), call.spec.top_left
     len_q, len_k = call.q.shape[0] // entries, call.k.shape[0] // entries
-    key = ("sides", entries, len_q, len_k, top_left)
-    found: tuple[Side, Side] = derived(
-        rows_q, rows_k, key, lambda: _flex_blocks.sides(rows_q, rows_k, entries, len_q, len_k, top_left)
-    )
+
+    def make() -> _Places:
+        queries, keys = _flex_blocks.sides(rows_q, rows_k, entries, len_q, len_k, top_left)
+        tags = queries.sequence.masked_fill(~queries.real, -1), keys.sequence.masked_fill(~keys.real, -2)
+        return _Places(queries, keys, *tags)
+
+    found: _Places = derived(rows_q, rows_k, ("places", entries, len_q, len_k, top_left), make)
     return found
 
 
 def _packed_terms(call: Call, terms: Terms) -> Terms:
-    rows_q, rows_k = call.rows_q, call.rows_k
-    assert rows_q is not None
-    assert rows_k is not None
-    queries, keys = _sides(call)
-
-    def tags() -> tuple[Tensor, Tensor]:
-        return queries.sequence.masked_fill(~queries.real, -1), keys.sequence.masked_fill(~keys.real, -2)
-
-    tag_q, tag_k = derived(rows_q, rows_k, ("tags", *queries.real.shape, *keys.real.shape), tags)
+    queries, keys, tag_q, tag_k = _places(call)
     placed = _positional(call.spec) or call.alibi is not None
     return terms._replace(
         tag_q=tag_q,
@@ -160,7 +165,7 @@ def _sparsity(call: Call) -> _Sparsity:
         if not kept or kept[0][0] is not mask:
             kept[:] = [(mask, _made(call))]
         return kept[0][1]
-    if mask is not None or (call.q.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if mask is not None or (call.q.is_cuda and _derived.in_graph_memory(call.q.get_device())):
         return _made(call)
     dense = (call.q.device, call.q.shape[1], call.k.shape[1], *positions)
     made = _dense.get(dense)
@@ -189,7 +194,8 @@ def _made(call: Call) -> _Sparsity:
         elif call.rows_q is None and not _positional(call.spec):
             return _Sparsity(_given_tables(mask, backward), block)
     if call.rows_q is not None:
-        blocks = _flex_blocks.packed_blocks(call.spec, *_sides(call), block)
+        places = _places(call)
+        blocks = _flex_blocks.packed_blocks(call.spec, places.queries, places.keys, block)
     else:
         blocks = _flex_blocks.dense_blocks(call.spec, call.q.shape[1], call.k.shape[1], block, call.q.device)
     if call.mask is not None:  # which scores it lets through, only the kernel asks

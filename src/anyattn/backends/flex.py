@@ -218,8 +218,7 @@ def _without_autograd(call: Call) -> Call:
 
 def _unflattened(call: Call, x: Tensor) -> Tensor:
     entries = entries_of(call)
-    shaped: Tensor = x.unflatten(0, (entries, x.shape[0] // entries))
-    return shaped
+    return x.unsqueeze(0) if entries == 1 else x.view(entries, x.shape[0] // entries, *x.shape[1:])
 
 
 def _leave(call: Call, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ import anyattn
 from anyattn._errors import AnyattnError, InvalidArgument
 
 #: Each is a function of this name in the module of this name; a module is imported when its command is asked for.
-COMMANDS = ("demo", "doctor", "explain")
+COMMANDS = ("demo", "doctor", "explain", "plan")
 #: click's base of errors about arguments. typer may carry a click of its own, so its module has no stable name.
 _ClickError = cast(type[Exception], typer.BadParameter.__mro__[2])
 

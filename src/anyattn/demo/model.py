@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from anyattn._packing import Packing
 from anyattn.demo.data import VOCABULARY
 from anyattn.integrations import transformers as integration
 
-_IGNORED = -100
+#: The target of a token that has no successor.
+IGNORED = -100
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,28 +81,45 @@ def exact_twin(model: Any, dtype: torch.dtype) -> Any:
 # --- the three ways ---
 
 
-def packed(model: Any, documents: Sequence[Tensor], multiple: int) -> float:
-    """All documents in one row, each one's room rounded up to a multiple; what is between them is padding."""
-    device = model.device
+class Row(NamedTuple):
+    """A packed batch: all documents in one row, each one's room rounded up to a multiple, padding between them."""
+
+    packing: Packing
+    inputs: Tensor
+    """int64 (rows,)."""
+    positions: Tensor
+    """int64 (rows,), within the document."""
+    targets: Tensor
+    """int64 (rows,): the next token; IGNORED where there is none, and in padding."""
+
+
+def in_one_row(documents: Sequence[Tensor], multiple: int, device: torch.device) -> Row:
+    """Documents in one row, with room for each that is a multiple of ``multiple``."""
     packing = Packing.from_lengths([len(d) for d in documents], pad_to_multiple_of=multiple, device=device)
     inputs = packing.unpack(torch.cat(list(documents)).to(device))
     positions = packing.unpack(torch.cat([torch.arange(len(d)) for d in documents]).to(device))
-    targets = torch.full_like(inputs, _IGNORED)
+    targets = torch.full_like(inputs, IGNORED)
     targets[packing.valid] = torch.cat([_targets(d) for d in documents]).to(device)
+    return Row(packing, inputs, positions, targets)
+
+
+def packed(model: Any, documents: Sequence[Tensor], multiple: int) -> float:
+    """All documents in one row, each one's room rounded up to a multiple; what is between them is padding."""
+    packing, inputs, positions, targets = in_one_row(documents, multiple, model.device)
     logits = model(input_ids=inputs[None], position_ids=positions[None], packing=packing, use_cache=False).logits
-    return _backward(logits[0], targets, _count(documents))
+    return backward(logits[0], targets, count(documents))
 
 
 def padded(model: Any, documents: Sequence[Tensor]) -> float:
     """A row per document, as long as the longest, and a 2-D mask."""
     pad = torch.nn.utils.rnn.pad_sequence
     inputs = pad(list(documents), batch_first=True)
-    targets = pad([_targets(d) for d in documents], batch_first=True, padding_value=_IGNORED)
+    targets = pad([_targets(d) for d in documents], batch_first=True, padding_value=IGNORED)
     lengths = torch.tensor([len(d) for d in documents])
     mask = torch.arange(inputs.shape[1]) < lengths[:, None]
     inputs, targets, mask = (x.to(model.device) for x in (inputs, targets, mask))
     logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
-    return _backward(logits.flatten(0, 1), targets.flatten(), _count(documents))
+    return backward(logits.flatten(0, 1), targets.flatten(), count(documents))
 
 
 def one_at_a_time(model: Any, documents: Sequence[Tensor]) -> float:
@@ -108,27 +127,34 @@ def one_at_a_time(model: Any, documents: Sequence[Tensor]) -> float:
     total = 0.0
     for document in documents:
         logits = model(input_ids=document[None].to(model.device), use_cache=False).logits
-        total += _backward(logits[0], _targets(document).to(model.device), _count(documents))
+        total += backward(logits[0], _targets(document).to(model.device), count(documents))
     return total
 
 
 def _targets(document: Tensor) -> Tensor:
     """The next token of each; the last one has none."""
-    return torch.cat([document[1:], document.new_full((1,), _IGNORED)])
+    return torch.cat([document[1:], document.new_full((1,), IGNORED)])
 
 
-def _count(documents: Sequence[Tensor]) -> int:
+def count(documents: Sequence[Tensor]) -> int:
+    """Tokens that have a predecessor."""
     return sum(len(d) - 1 for d in documents)
 
 
-def _backward(logits: Tensor, targets: Tensor, count: int) -> float:
+def backward(logits: Tensor, targets: Tensor, count: int) -> float:
+    """Add the gradients of the summed cross-entropies over ``count``; return that loss."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    losses = torch.nn.functional.cross_entropy(wide, targets, ignore_index=_IGNORED, reduction="none")
+    losses = torch.nn.functional.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")
     (losses.sum() / count).backward()
     return float(losses.detach().double().sum() / count)
 
 
 # --- training ---
+
+
+def computing_in(dtype: torch.dtype, device_type: str) -> AbstractContextManager[Any]:
+    """A dtype of DTYPES, by autocast where it is not float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype)
 
 
 @dataclass(slots=True)
@@ -139,6 +165,17 @@ class Trainer:
     way: Callable[[Any, Sequence[Tensor]], float]
     optimizer: torch.optim.Optimizer
     precision: Callable[[], AbstractContextManager[Any]]
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        way: Callable[[Any, Sequence[Tensor]], float],
+        learning_rate: float,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Trainer:
+        """With the optimizer that every way uses."""
+        return cls(model, way, torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95)), precision)
 
     def look(self, documents: Sequence[Tensor], way: Callable[[Any, Sequence[Tensor]], float] | None = None) -> float:
         """Forward and backward, and the loss; no weight changes, and no gradient stays."""

@@ -1,4 +1,4 @@
-"""The picture of a run: both losses, and their difference beside what rounding explains."""
+"""The picture of a run: the losses of every way, and their differences beside what rounding explains."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyattn._errors import MissingExtra
+from anyattn.demo.ranks import COUNT
 
 if TYPE_CHECKING:
     from anyattn.demo.run import Report
 
-_PACKED, _ONE, _EXACT, _BOUND, _GRAY = "#0b6fb8", "#e8871e", "#7d8793", "#c0392b", "#d9dde2"
+_PACKED, _RANKS, _ONE, _EXACT, _BOUND, _GRAY = "#0b6fb8", "#15803d", "#e8871e", "#7d8793", "#c0392b", "#d9dde2"
 
 
 def load() -> Any:
@@ -36,9 +37,14 @@ def losses(report: Report, path: Path) -> None:
     kernel = report.kernel.forward
     upper.plot(steps, report.one_at_a_time, color=_ONE, lw=5, alpha=0.55, label="one document at a time, eager")
     upper.plot(steps, report.packed, color=_PACKED, lw=1.6, label=f"packed with padding, anyattn on {kernel}")
+    if report.ranks:
+        divided, label = [step.loss for step in report.ranks], f"packed, divided between {COUNT} ranks"
+        upper.plot(range(len(divided)), divided, color=_RANKS, lw=0, marker="o", ms=2.5, label=label)
     upper.set_ylabel("loss (nats per byte)")
     upper.legend(frameon=False)
-    verdict = "the same losses" if not report.failures else "NOT the same losses"
+    verdict = "the same losses"
+    if report.failures:
+        verdict = "NOT the same losses" if report.disagreements else "two ranks failed"
     upper.set_title(f"{report.documents} documents, {report.pace['packed'].tokens:,} tokens: {verdict}", loc="left")
 
     floor = 1e-12  # of a logarithmic axis: losses may agree to the last bit
@@ -49,12 +55,18 @@ def losses(report: Report, path: Path) -> None:
         steps, _above(floor, report.differences), color=_PACKED, lw=1.6, marker="o", ms=3,
         label="packed against one at a time",
     )  # fmt: skip
+    if report.ranks:
+        lower.plot(
+            range(len(report.ranks)), _above(floor, report.rank_differences), color=_RANKS, lw=1, marker="s", ms=2.5,
+            label="two ranks against one at a time",
+        )  # fmt: skip
     lower.set_yscale("log")
-    values = [x for x in (*report.differences, *report.rounding, *report.bounds) if x > floor]
-    lower.set_ylim(min(values, default=floor) / 2, max(values, default=1.0) * 12)
+    drawn = (*report.differences, *report.rank_differences, *report.rounding, *report.bounds)
+    values = [x for x in drawn if x > floor]
+    lower.set_ylim(min(values, default=floor) / 2, max(values, default=1.0) * 40)
     lower.set_ylabel("difference of losses")
     lower.set_xlabel("step")
-    lower.legend(frameon=False, ncols=3, loc="upper left", fontsize="small")
+    lower.legend(frameon=False, ncols=2, loc="upper left", fontsize="small")
     for axes in (upper, lower):
         axes.grid(color=_GRAY, lw=0.6)
         axes.set_axisbelow(True)

@@ -14,7 +14,8 @@ computation, so it may be as far from *exact* again, and twice as far from *one 
     |packed - one at a time|  <=  2 * (largest |one at a time - exact| so far + spacing of float32 at the loss)
 
 "So far" means the first five steps at least, so that one lucky step makes no bound out of nothing. The same holds for
-the padded batches, which are looked at on a few steps with the packed model's weights.
+the padded batches, which are looked at on a few steps with the packed model's weights, and for the packed way on two
+ranks, which is a training of its own (:mod:`anyattn.demo.ranks`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,9 +39,8 @@ import anyattn
 from anyattn._errors import InvalidArgument
 from anyattn._packing import Packing
 from anyattn._select import Explanation
-from anyattn.demo import data, model
+from anyattn.demo import data, model, ranks
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _AT_LEAST = 5
 _LOOKS = 3
 
@@ -51,6 +50,8 @@ class Settings:
     """What to run."""
 
     steps: int = 60
+    rank_steps: int = 60
+    """So many of them, at most, are trained on two ranks too; 0: none."""
     tokens: int = 3072
     """At least as many tokens per step."""
     shortest: int = 32
@@ -65,11 +66,11 @@ class Settings:
 
     def check(self) -> None:
         """Raise InvalidArgument if a setting makes no sense here."""
-        for name in ("steps", "tokens", "multiple"):
-            if getattr(self, name) < 1:
-                raise InvalidArgument(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise InvalidArgument(f"unknown dtype {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        for name, least in (("steps", 1), ("tokens", 1), ("multiple", 1), ("rank_steps", 0)):
+            if getattr(self, name) < least:
+                raise InvalidArgument(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.dtype not in model.DTYPES:
+            raise InvalidArgument(f"unknown dtype {self.dtype!r}; allowed: {', '.join(model.DTYPES)}")
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -105,6 +106,12 @@ class Report:
     exact: list[float] = field(default_factory=list)
     padded: dict[int, float] = field(default_factory=dict)
     """By step."""
+    ranks: list[ranks.Step] = field(default_factory=list)
+    """Of the first steps."""
+    ranks_left_out: str | None = None
+    """Why there are none."""
+    ranks_failed: str | None = None
+    """The error that ended them."""
     pace: dict[str, Pace] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -112,6 +119,11 @@ class Report:
     def differences(self) -> list[float]:
         """Of packed and one at a time, per step."""
         return [abs(a - b) for a, b in zip(self.packed, self.one_at_a_time, strict=True)]
+
+    @property
+    def rank_differences(self) -> list[float]:
+        """Of two ranks and one at a time, per step of the ranks."""
+        return [abs(step.loss - alone) for step, alone in zip(self.ranks, self.one_at_a_time, strict=False)]
 
     @property
     def rounding(self) -> list[float]:
@@ -127,16 +139,21 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """Where losses differ by more than that, in words; empty if all is right."""
-        found = []
-        for step, (difference, bound) in enumerate(zip(self.differences, self.bounds, strict=True)):
-            if not difference <= bound:  # NaN too
-                found.append(f"step {step}: packed, one at a time: {difference:.2g} apart, by rounding {bound:.2g}")
-        for step, loss in self.padded.items():
-            difference, bound = abs(loss - self.packed[step]), self.bounds[step]
-            if not difference <= bound:
-                found.append(f"step {step}: padded, packed: {difference:.2g} apart, by rounding {bound:.2g}")
-        return found
+        """What went wrong, in words; empty if all is right."""
+        failed = [] if self.ranks_failed is None else [f"two ranks: {self.ranks_failed}"]
+        return self.disagreements + failed
+
+    @property
+    def disagreements(self) -> list[str]:
+        """Where losses differ by more than rounding explains, in words."""
+        pairs = [(step, "packed, one at a time", difference) for step, difference in enumerate(self.differences)]
+        pairs += [(step, "padded, packed", abs(loss - self.packed[step])) for step, loss in self.padded.items()]
+        pairs += [(step, "two ranks, one at a time", far) for step, far in enumerate(self.rank_differences)]
+        return [
+            f"step {step}: {what}: {difference:.2g} apart, by rounding {bound:.2g}"
+            for step, what, difference in pairs
+            if not difference <= (bound := self.bounds[step])  # NaN too
+        ]
 
 
 # --- running ---
@@ -147,7 +164,7 @@ def run(settings: Settings, on_step: Callable[[Report], None] | None = None) -> 
 
     Args:
         settings: what to run.
-        on_step: called after every step with what is known so far.
+        on_step: called after every step, then after every step on two ranks, with what is known so far.
 
     Raises:
         InvalidArgument: settings that make no sense here.
@@ -157,7 +174,8 @@ def run(settings: Settings, on_step: Callable[[Report], None] | None = None) -> 
     start = time.perf_counter()
     batches = data.batches(settings.steps, settings.tokens, settings.shortest, settings.longest, settings.seed)
     trainers = _trainers(settings)
-    paces = {name: Pace() for name in ("packed", "padded", "one at a time")}
+    weights = {name: x.detach().cpu().clone() for name, x in trainers["packed"].model.state_dict().items()}
+    paces = {name: Pace() for name in ("packed", "two ranks", "padded", "one at a time")}
     report = Report(settings, explain(settings, batches[0]), sum(map(len, batches)), pace=paces)
     looks = {round((i + 1) * settings.steps / (_LOOKS + 1)) for i in range(_LOOKS)}
     _warm_up(trainers, batches[0])
@@ -175,7 +193,43 @@ def run(settings: Settings, on_step: Callable[[Report], None] | None = None) -> 
         report.seconds = time.perf_counter() - start
         if on_step is not None:
             on_step(report)
+    _on_two_ranks(report, batches[: settings.rank_steps], weights, on_step)
+    report.seconds = time.perf_counter() - start
     return report
+
+
+def _on_two_ranks(
+    report: Report,
+    batches: Sequence[Sequence[Tensor]],
+    weights: dict[str, Tensor],
+    on_step: Callable[[Report], None] | None,
+) -> None:
+    """The same steps from the same weights, each batch divided between two ranks; or why not."""
+    settings = report.settings
+    kind = torch.device(settings.device).type
+    report.ranks_left_out = ranks.why_not(kind) if batches else "no steps were asked of them"
+    if report.ranks_left_out is not None:
+        return
+    pace = report.pace["two ranks"]
+
+    def heard(step: ranks.Step) -> None:
+        documents = batches[len(report.ranks)]
+        report.ranks.append(step)
+        pace.seconds += step.seconds
+        pace.tokens += sum(map(len, documents))
+        pace.rows += ranks.COUNT * step.rows
+        if on_step is not None:
+            on_step(report)
+
+    threads = max(1, torch.get_num_threads() // ranks.COUNT)
+    task = ranks.Task(
+        settings.sizes, settings.longest, settings.multiple, settings.seed, settings.learning_rate, settings.dtype,
+        kind, threads,
+    )  # fmt: skip
+    try:
+        ranks.train(task, batches, weights, heard)
+    except ranks.RankFailed as error:
+        report.ranks_failed = str(error)
 
 
 def _trainers(settings: Settings) -> dict[str, model.Trainer]:
@@ -183,21 +237,15 @@ def _trainers(settings: Settings) -> dict[str, model.Trainer]:
     eager = model.build(settings.sizes, settings.longest, "eager", settings.seed).to(settings.device)
     through_anyattn = copy.deepcopy(eager)
     through_anyattn.set_attn_implementation("anyattn")
-    low = DTYPES[settings.dtype]
+    low = model.DTYPES[settings.dtype]
     exact = model.exact_twin(eager, torch.float64 if low == torch.float32 else torch.float32)
-    device_type = torch.device(settings.device).type
-
-    def precision() -> AbstractContextManager[Any]:
-        return nullcontext() if low == torch.float32 else torch.autocast(device_type, low)
-
-    def trainer(one: Any, way: Callable[[Any, Sequence[Tensor]], float], where: Any) -> model.Trainer:
-        optimizer = torch.optim.AdamW(one.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
-        return model.Trainer(one, way, optimizer, where)
-
+    precision = partial(model.computing_in, low, torch.device(settings.device).type)
+    packed = partial(model.packed, multiple=settings.multiple)
+    rate = settings.learning_rate
     return {
-        "packed": trainer(through_anyattn, partial(model.packed, multiple=settings.multiple), precision),
-        "one at a time": trainer(eager, model.one_at_a_time, precision),
-        "exact": trainer(exact, model.one_at_a_time, nullcontext),
+        "packed": model.Trainer.of(through_anyattn, packed, rate, precision),
+        "one at a time": model.Trainer.of(eager, model.one_at_a_time, rate, precision),
+        "exact": model.Trainer.of(exact, model.one_at_a_time, rate),
     }
 
 
@@ -231,7 +279,7 @@ class _timed:
 def explain(settings: Settings, documents: Sequence[Tensor]) -> Explanation:
     """Which kernel the packed attention of such a batch runs on, and why no other."""
     sizes = settings.sizes
-    device, dtype = torch.device(settings.device), DTYPES[settings.dtype]
+    device, dtype = torch.device(settings.device), model.DTYPES[settings.dtype]
     packing = Packing.from_lengths([len(d) for d in documents], settings.multiple, device=device)
 
     def rows(heads: int) -> Tensor:
@@ -267,13 +315,20 @@ def as_data(report: Report) -> dict[str, Any]:
         "kernel": str(report.kernel.forward),
         "explain": str(report.kernel),
         "documents": report.documents,
+        "two ranks": {
+            "steps": [step._asdict() for step in report.ranks],
+            "left out": report.ranks_left_out,
+            "failed": report.ranks_failed,
+        },
         "losses": {
             "packed": report.packed,
+            "two ranks": [step.loss for step in report.ranks],
             "one at a time": report.one_at_a_time,
             "exact": report.exact,
             "padded, by step": report.padded,
         },
         "differences": report.differences,
+        "differences of two ranks": report.rank_differences,
         "rounding": report.rounding,
         "bounds": report.bounds,
         "largest_difference": max(report.differences),
