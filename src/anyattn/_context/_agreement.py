@@ -51,20 +51,31 @@ def _timeout(members: Members) -> timedelta:
     return getattr(options, "_timeout", None) or dist.distributed_c10d.default_pg_timeout
 
 
-def check(data: PlanData, members: Members) -> None:
-    """Compare a plan on all ranks; a collective call on the host.
+def check(data: PlanData, members: Members, failure: Exception | None) -> None:
+    """Compare a plan on all ranks, and hear whether all can go on; a collective call on the host.
 
     Raises:
-        ContextError: on every rank, naming the fields and the ranks that differ.
+        ContextError: on every rank, naming the fields and the ranks that differ, or the ranks that cannot go on.
+        Exception: the failure, on the rank that has it.
     """
     if members.groups is None or members.world == 1:
+        if failure is not None:
+            raise failure
         return
     group = side_group(members)
     mine = data.fingerprint()
-    numbers = torch.tensor(list(mine.values()), dtype=torch.int64)
+    numbers = torch.tensor([*mine.values(), failure is not None], dtype=torch.int64)
     found = [torch.empty_like(numbers) for _ in range(members.world)]
     group.allgather([found], [numbers]).wait()
     everyone = torch.stack(found)
+    if failure is not None:
+        raise failure
+    failed = everyone[:, -1].nonzero().flatten().tolist()
+    if failed:
+        raise ContextError(
+            f"this call cannot run on ranks {', '.join(map(str, failed))} of the context-parallel group, which say why; "
+            "nothing has run here"
+        )
     if (everyone == everyone[0]).all():
         return
     lines = []
@@ -75,6 +86,6 @@ def check(data: PlanData, members: Members) -> None:
             others = [rank for rank, value in enumerate(values) if value != usual]
             lines.append(f"{name} (on ranks {', '.join(map(str, others))})")
     raise ContextError(
-        f"the ranks of the context-parallel group hold different plans; they differ in {'; '.join(lines)}: make "
-        "the plan from the same lengths and arguments on every rank"
+        f"the ranks of the group hold different plans, which differ in {'; '.join(lines)}: "
+        "make the plan from the same lengths and arguments on every rank"
     )

@@ -74,7 +74,7 @@ class ContextAttention(torch.autograd.Function):
         return found
 
 
-def _terms_of(
+def terms_of(
     run: Run, alibi: Tensor | None, bias: Tensor | None, mask: Tensor | None, heads: slice, group: int
 ) -> Terms:
     """For this rank's heads of a group."""
@@ -97,7 +97,7 @@ def _whole(
     run: Run, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor | None
 ) -> tuple[list[_Part], Tensor, Tensor | None]:
     heads = slice(0, q.shape[1])
-    terms = _terms_of(run, run.terms.alibi, bias, run.terms.mask, heads, 0)
+    terms = terms_of(run, run.terms.alibi, bias, run.terms.mask, heads, 0)
     answer = _with_sink(_schedule.forward(run.job, q, k, v, terms), sink, run.job.tables.padding)
     return [_Part(q, k, v, answer)], answer.out, answer.lse
 
@@ -118,7 +118,7 @@ def _by_heads(
     for group, arrivals in _ahead(share.groups, lambda g: _send_inputs(heads, g, q, k, v)):
         mine = _inputs(heads, arrivals, q, k, v, order_q and order_q[0], order_k and order_k[0])
         own = share.of_rank(run.head_rank, group)
-        terms = _terms_of(run, run.terms.alibi, None, None, own, group)
+        terms = terms_of(run, run.terms.alibi, None, None, own, group)
         answer = _schedule.forward(run.job, mine[0], mine[1], mine[2], terms)
         answer = _with_sink(answer, None if sink is None else sink[own], tables.padding)
         parts.append(_Part(mine[0], mine[1], mine[2], answer))
@@ -184,7 +184,7 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tens
         return None, *found, None if dsink is None else dsink.to(sink.dtype), None
     (part,) = parts
     dout = torch.zeros_like(part.answer.out) if dout is None else dout
-    terms = _terms_of(run, alibi, bias, mask, slice(0, part.q.shape[1]), 0)
+    terms = terms_of(run, alibi, bias, mask, slice(0, part.q.shape[1]), 0)
     got = backward(run.job, Given(part.q, part.k, part.v, terms, part.answer, dout, dlse))
     if dsink is not None:
         dsink += _core.sink_gradient(sink, Saved(part.answer.out, part.answer.lse, None), dout, dlse)
@@ -212,7 +212,7 @@ def _gradients_by_heads(
         if dlse is not None:
             (by_row,) = heads.take(arrivals[1], [(heads.share.heads, 1)], into)
             mine_lse = by_row.squeeze(2).t()
-        terms = _terms_of(run, alibi, None, None, own, group)
+        terms = terms_of(run, alibi, None, None, own, group)
         got = backward(run.job, Given(part.q, part.k, part.v, terms, part.answer, mine, mine_lse))
         if dsink is not None and sink is not None:
             final = Saved(part.answer.out, part.answer.lse, None)

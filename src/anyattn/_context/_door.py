@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from anyattn import _core, _environment, _select
-from anyattn._context import _attention, _cost, _schedule, _tables
-from anyattn._context._attention import ContextAttention, Run
+from anyattn._context import _cost, _kernel, _schedule, _tables
+from anyattn._context._attention import ContextAttention, Run, terms_of
 from anyattn._context._heads import HeadExchange, shares
 from anyattn._context._kernel import Options, Terms
 from anyattn._context._plan import ContextPlan, normal_mask
 from anyattn._context._plan_data import check_features
 from anyattn._context._schedule import Job
-from anyattn._context._tables import Tables
-from anyattn._context._topology import members_of
+from anyattn._context._tables import CallTables, Tables
 from anyattn._errors import ContextError, DeviceError, ShapeError, Unsupported
 from anyattn._explanation import Explanation
 from anyattn._packing import Packing
@@ -51,24 +50,56 @@ class Asked(NamedTuple):
 def attention(t: Tensors, asked: Asked, plan: Any) -> Any:
     """Attention of this rank's shards; see ``anyattn.attention``."""
     refuse_transforms()
-    sizes, batch = _checked(t, asked, plan)
-    members = plan.connected()
+    if not isinstance(plan, ContextPlan):
+        raise ContextError(f"plan must be a ContextPlan, got {type(plan).__name__}: make one with ContextParallel.plan")
+    plan.connected()
+    kind = _kind(t, asked, plan)
+    if kind is None or kind not in plan._agreed:
+        _agree(t, asked, plan, kind)
+    sizes = _checked(t, asked, plan)
+    batch, seed = sizes.batch, _seed(asked, plan._data.rank)
     cast = autocast_dtype(t.q.device.type)
     q, k, v = (x.to(cast) if cast is not None and x.dtype == torch.float32 else x for x in (t.q, t.k, t.v))
     q, k, v = (_enter(x, sizes.layout) for x in (q, k, v))
-    plan.agree()
-    if t.bias is not None or t.mask is not None:
-        out, lse = _entry_by_entry(plan, members, t, asked, (q, k, v), batch)
+    if (t.bias is not None or t.mask is not None) and batch:
+        out, lse = _entry_by_entry(plan, t, asked, (q, k, v), batch, seed)
     else:
-        run = _run(plan, members, t, asked, (q, k, v), batch)
+        run = _run(plan, t._replace(bias=None, mask=None), asked, (q, k, v), batch, seed)
         out, lse = ContextAttention.apply(run, *(x.flatten(0, 1) for x in (q, k, v)), t.sink, None)  # type: ignore[no-untyped-call]
         out = out.unflatten(0, (batch, plan.rows))
+        if t.bias is not None:  # an empty batch: its gradient is zero, and not missing
+            out = out + 0 * t.bias.sum().to(out.dtype)
         lse = None if lse is None else lse.unflatten(1, (batch, plan.rows)).transpose(0, 1)
     out = _leave(out, sizes.layout)
     if not asked.return_lse:
         return out
     assert lse is not None
     return out, lse[0] if sizes.layout == "thd" else lse
+
+
+def _kind(t: Tensors, asked: Asked, plan: ContextPlan) -> Any:
+    """What calls that are checked and agreed about together have in common; None where that cannot be told."""
+    try:
+        kind = (_request(t, asked, plan), asked, describe_optional(t.bias, True), describe_optional(t.mask, True))
+        hash(kind)
+    except (TypeError, AttributeError, ContextError):
+        return None
+    return kind
+
+
+def _agree(t: Tensors, asked: Asked, plan: ContextPlan, kind: Any) -> None:
+    """Check and choose everything, then hear whether all ranks can go on; before anything travels.
+
+    Raises:
+        AnyattnError: on every rank, if any of them finds something wrong.
+    """
+    failure: Exception | None = None
+    try:
+        for request in _requests(t, asked, plan)[1]:
+            _kernel.prepared(request)
+    except Exception as error:  # whatever it is, the others must hear of it
+        failure = error
+    plan.agree(kind, failure)
 
 
 @torch._dynamo.disable  # type: ignore[untyped-decorator]
@@ -91,7 +122,7 @@ def _leave(x: Tensor, layout: str) -> Tensor:
 
 
 def _entry_by_entry(
-    plan: ContextPlan, members: Any, t: Tensors, asked: Asked, qkv: tuple[Tensor, ...], batch: int
+    plan: ContextPlan, t: Tensors, asked: Asked, qkv: tuple[Tensor, ...], batch: int, seed: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Terms over (seq_q, seq_k): a batch entry at a time, for kernels take them with 4-D tensors only."""
     outs: list[Tensor] = []
@@ -99,7 +130,7 @@ def _entry_by_entry(
     for i in range(batch):
         one = t._replace(bias=_entry(t.bias, i), mask=_entry(t.mask, i))
         q, k, v = (x[i] for x in qkv)
-        run = _run(plan, members, one, asked, (q[None], k[None], v[None]), 1)
+        run = _run(plan, one, asked, (q[None], k[None], v[None]), 1, None if seed is None else seed + (i << 30))
         out, lse = ContextAttention.apply(run, q, k, v, t.sink, one.bias)  # type: ignore[no-untyped-call]
         outs.append(out)
         lses.append(lse)
@@ -116,32 +147,50 @@ def _entry(term: Any, i: int) -> Any:
 
 def explain(t: Tensors, asked: Asked, plan: Any, installed: Any, arch: int | None) -> Explanation:
     """Which kernel runs this rank's largest call, and why no other."""
-    sizes, batch = _checked(t, asked, plan)
-    q, k, v = (_enter(x, sizes.layout) for x in (t.q, t.k, t.v))
-    one = t._replace(bias=_entry(t.bias, 0), mask=_entry(t.mask, 0))
-    dense = one.bias is not None or one.mask is not None
-    run = _run(plan, plan._members or members_of((1, 0)), one, asked, (q, k, v), 1 if dense else batch)
-    calls = [c for s in run.job.tables.stages for c in s.calls]
+    if not isinstance(plan, ContextPlan):
+        raise ContextError(f"plan must be a ContextPlan, got {type(plan).__name__}: make one with ContextParallel.plan")
+    calls, requests = _requests(t, asked, plan)
     if not calls:
         raise ContextError("this rank has nothing to compute under this plan: no kernel is chosen")
-    call = max(calls, key=lambda c: sum(e.len_q * e.len_k for e in c.call.entries))
-    share = None if run.heads is None else run.heads.share
-    heads = (q.shape[2], k.shape[2]) if share is None else (share.heads, share.slots)
-    rows = (call.q[1] - call.q[0], call.k[1] - call.k[0])
+    sizes = [sum(e.len_q * e.len_k for e in call.call.entries) for call in calls]
+    return _core.explain(requests[sizes.index(max(sizes))], installed, arch)
 
-    def part(x: Tensor, which: int) -> Tensor:
-        return x.reshape(-1)[:1].expand(rows[which], heads[which], x.shape[-1]) if x.numel() else x[0]
 
-    kernel = _schedule.kernel_of(run.job, call)
-    terms = _attention._terms_of(run, run.terms.alibi, run.terms.bias, run.terms.mask, slice(0, heads[0]), 0)
-    request = kernel.request(part(q, 0), part(k, 1), part(v, 1), terms)
-    return _core.explain(request, installed, arch)
+def _requests(t: Tensors, asked: Asked, plan: ContextPlan) -> tuple[list[CallTables], list[Request]]:
+    """This rank's kernel calls, and what each asks of the choice of a kernel; checked."""
+    sizes = _checked(t, asked, plan)
+    if not sizes.batch:
+        return [], []
+    q, k, v = (_enter(x, sizes.layout) for x in (t.q, t.k, t.v))
+    cast = autocast_dtype(t.q.device.type)
+    dtype = cast if cast is not None and q.dtype == torch.float32 else q.dtype
+    one = t._replace(bias=_entry(t.bias, 0), mask=_entry(t.mask, 0))
+    dense = one.bias is not None or one.mask is not None
+    run = _run(plan, one, asked, (q, k, v), 1 if dense else sizes.batch)
+    calls, requests = [], []
+    for stage in run.job.tables.stages:
+        groups = 1 if stage.stage.local and run.job.tables.exclusive else run.job.groups
+        heads = (q.shape[2] // groups, k.shape[2] // groups)
+        if run.heads is not None:
+            heads = (run.heads.share.heads, run.heads.share.slots)
+        terms = terms_of(run, run.terms.alibi, run.terms.bias, run.terms.mask, slice(0, heads[0]), 0)
+        for call in stage.calls:
+            rows = (call.q[1] - call.q[0], call.k[1] - call.k[0])
+            parts = [
+                torch.empty(1, dtype=dtype, device=x.device).expand(rows[at], heads[at], x.shape[-1])
+                for x, at in ((q, 0), (k, 1), (v, 1))
+            ]
+            calls.append(call)
+            requests.append(_schedule.kernel_of(run.job, call).request(parts[0], parts[1], parts[2], terms))
+    return calls, requests
 
 
 # --- one call ---
 
 
-def _run(plan: ContextPlan, members: Any, t: Tensors, asked: Asked, qkv: tuple[Tensor, ...], batch: int) -> Run:
+def _run(
+    plan: ContextPlan, t: Tensors, asked: Asked, qkv: tuple[Tensor, ...], batch: int, seed: int | None = None
+) -> Run:
     q, k, v = qkv
     data = plan._data
     alibi = t.alibi_slopes is not None
@@ -164,7 +213,7 @@ def _run(plan: ContextPlan, members: Any, t: Tensors, asked: Asked, qkv: tuple[T
         _environment.flash_override(),
     )
     shape = data.topology
-    groups = members.groups or (None, None)
+    groups = (plan._members.groups if plan._members is not None else None) or (None, None)
     sequence_group = groups[0] if shape.sequence > 1 else None
     heads = None
     if shape.heads > 1:
@@ -174,7 +223,7 @@ def _run(plan: ContextPlan, members: Any, t: Tensors, asked: Asked, qkv: tuple[T
     job = Job(tables, options, sequence_group, _groups(plan, batch, q, k, v) if heads is None else 1, dense)
     slopes = None if t.alibi_slopes is None else t.alibi_slopes.detach()
     assert t.mask is None or isinstance(t.mask, Tensor)
-    terms = Terms(slopes, t.bias, t.mask, _seed(asked, data.rank))
+    terms = Terms(slopes, t.bias, t.mask, seed)
     return Run(job, heads, data.rank % shape.heads, terms, asked.return_lse)
 
 
@@ -223,15 +272,13 @@ def tables_of(plan: ContextPlan, device: torch.device, batch: int, *, alibi: boo
 # --- checks ---
 
 
-def _checked(t: Tensors, asked: Asked, plan: Any) -> tuple[Sizes, int]:
-    """Sizes of this rank's shards, and of the batch.
+def _checked(t: Tensors, asked: Asked, plan: ContextPlan) -> Sizes:
+    """Sizes of this rank's shards.
 
     Raises:
         ContextError: arguments that are not the plan's, or that its scheme cannot do.
         InvalidArgument: as ``anyattn.attention``.
     """
-    if not isinstance(plan, ContextPlan):
-        raise ContextError(f"plan must be a ContextPlan, got {type(plan).__name__}: make one with ContextParallel.plan")
     _check_same(t, asked, plan)
     if t.mask is not None and is_block_mask(t.mask):
         raise Unsupported(
@@ -243,9 +290,8 @@ def _checked(t: Tensors, asked: Asked, plan: Any) -> tuple[Sizes, int]:
     request = _request(t, asked, plan)
     found = plan._checked.get(request) if t.bias is None and t.mask is None else None
     if found is not None:
-        return found, found.batch
+        return found  # type: ignore[no-any-return]
     sizes = validate(request)
-    _check_sizes(t, sizes, plan)
     features = {
         name
         for name, used in (
@@ -254,9 +300,10 @@ def _checked(t: Tensors, asked: Asked, plan: Any) -> tuple[Sizes, int]:
         if used
     }  # fmt: skip
     check_features(plan._data, frozenset(features))
+    _check_sizes(t, sizes, plan)
     if t.bias is None and t.mask is None:
         plan._checked[request] = sizes
-    return sizes, sizes.batch
+    return sizes
 
 
 def _check_same(t: Tensors, asked: Asked, plan: ContextPlan) -> None:
@@ -290,12 +337,12 @@ def _request(t: Tensors, asked: Asked, plan: ContextPlan) -> Request:
     data = plan._data
     packed = q.ndim == 3
     sequences = len(data.queries.lengths)
-    keys = [(sequences, 0, rows, True, None, False, q.device, False) for rows in (data.queries.rows, data.keys.rows)]
+    rows = (sequences, 0, None, True, None, False, q.device, False)  # how many is checked apart
     grad = torch.is_grad_enabled()
     return Request(
         describe(q, grad), describe(k, grad), describe(v, grad), None, None, asked.scale, asked.softcap,
         describe_optional(t.sink, grad), describe_optional(t.alibi_slopes, grad), None, None, asked.dropout,
-        asked.layout, keys[0] if packed else None, keys[1] if packed else None, "any",
+        asked.layout, rows if packed else None, rows if packed else None, "any",
         asked.backend, ("auto",), asked.deterministic, False, asked.return_lse, autocast_dtype(q.device.type), None,
     )  # fmt: skip
 

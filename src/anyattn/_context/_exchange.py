@@ -64,13 +64,14 @@ def exchange(
 def gather_rows(groups: Sequence[Any], x: Tensor) -> Tensor:
     """Every rank's rows of x (rows, ...), ranks one after the other; ``groups`` from the inner dim to the outer."""
     for group in groups:
-        flat = x.contiguous().view(x.shape[0], -1)
-        whole = flat.new_empty(dist.get_world_size(group) * flat.shape[0], flat.shape[1])
+        whole = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
         if whole.numel():
-            _all_gather(_carried(whole), _carried(flat), group=group)
-        x = whole.view(-1, *x.shape[1:])
+            _all_gather(_carried(whole), _carried(x), group=group)
+        x = whole
     return x
 
 
 def _carried(x: Tensor) -> Tensor:
-    return x.view(torch.uint8) if x.device.type == "cpu" or x.dtype == torch.bool else x
+    """A tensor's elements in a row, of a dtype that every group can carry."""
+    flat = x.reshape(-1)
+    return flat.view(torch.uint8) if x.device.type == "cpu" or x.dtype == torch.bool else flat

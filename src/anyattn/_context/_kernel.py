@@ -178,5 +178,14 @@ def _prepare(request: Request, bare: bool) -> Prepared:
     return found
 
 
+def prepared(request: Request) -> None:
+    """Choose a kernel for a request ahead of time.
+
+    Raises:
+        NoBackend: nothing that is allowed takes it.
+    """
+    _prepare(request, True)
+
+
 def _drop(request: Request, bare: bool) -> None:
     _prepared.pop((request, bare), None)

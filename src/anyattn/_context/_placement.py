@@ -166,7 +166,7 @@ def _layout(
     lengths: tuple[int, ...], spans: Sequence[Sequence[Span]], members: int, multiple: int, order: Order
 ) -> Layout:
     """Rows for the spans of every shard."""
-    shards = [_ordered(own, order) for own in spans]
+    shards = [_ordered(own, order, lengths) for own in spans]
     most = max(sum(span.size for span in own) for own in shards)
     share = -(-most // members)
     rows = -(-share // multiple) * multiple
@@ -174,8 +174,12 @@ def _layout(
     return Layout(lengths, tuple(pieces), rows)
 
 
-def _ordered(spans: Sequence[Span], order: Order) -> list[Span]:
-    """Spans as they lie in memory, those that continue one another made one."""
+def _ordered(spans: Sequence[Span], order: Order, lengths: Sequence[int]) -> list[Span]:
+    """Spans as they lie in memory, those that continue one another made one.
+
+    By slot: whole documents, which need no other rank, then pieces, a document's first before its second, and those at
+    its beginning, which may need no other rank either, before the rest: each kernel call then has rows without gaps.
+    """
     merged: list[Span] = []
     for span in sorted(spans):
         if merged and merged[-1].document == span.document and merged[-1].end == span.begin:
@@ -188,8 +192,9 @@ def _ordered(spans: Sequence[Span], order: Order) -> list[Span]:
     keyed = []
     for span in merged:
         slot = slots[span.document] = slots.get(span.document, -1) + 1
-        keyed.append((slot, span))
-    return [span for _, span in sorted(keyed)]
+        whole = span.begin == 0 and span.end == lengths[span.document]
+        keyed.append((not whole, slot, span.begin > 0, span))
+    return [span for *_, span in sorted(keyed)]
 
 
 def _members(spans: Sequence[Span], members: int, rows: int) -> list[tuple[Piece, ...]]:

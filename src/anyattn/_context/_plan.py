@@ -26,6 +26,17 @@ def mask_of(causal: Any, window: Any) -> Mask:
     return Mask(left, 0 if causal else right, causal == "top_left")
 
 
+class _Keys(Shards):
+    """How the keys of cross-attention are sharded."""
+
+    def __init__(self, plan: ContextPlan, data: PlanData, members: Members | None) -> None:
+        super().__init__(data.keys, data.memory_k, data.rank, members)
+        self._plan = plan
+
+    def _agree(self) -> None:
+        self._plan._agree()
+
+
 class ContextPlan(Shards):
     """Where each token of a batch lives, which ranges of queries meet which keys, and what travels.
 
@@ -46,11 +57,10 @@ class ContextPlan(Shards):
     def __init__(self, data: PlanData, members: Members | None) -> None:
         super().__init__(data.queries, data.memory_q, data.rank, members)
         self._data = data
-        self._agreed = False
+        self._agreed: set[Any] = set()
         self._tables: dict[Any, Tables] = {}
         self._checked: dict[Any, Any] = {}  # sizes of calls whose arguments were found right
-        keys = Shards(data.keys, data.memory_k, data.rank, members) if data.cross else self
-        self._kv: Shards = keys
+        self._kv: Shards = _Keys(self, data, members) if data.cross else self
 
     # --- what it says ---
 
@@ -154,7 +164,8 @@ class ContextPlan(Shards):
 
     def take(self, data: PlanData) -> None:
         """Become the plan of another batch of the same capacity, in place."""
-        self._data, self._agreed = data, False
+        self._data = data
+        self._agreed.clear()
         self.__dict__.pop("_areas", None)
         self._replace(data.queries, data.memory_q)
         for (device, batch, alibi, dense), tables in self._tables.items():
@@ -163,11 +174,23 @@ class ContextPlan(Shards):
         if self._members is not None and self._members.groups is not None:
             self.agree()
 
-    def agree(self) -> None:
-        """Compare with the other ranks, once."""
-        if not self._agreed:
-            _agreement.check(self._data, self.connected())
-            self._agreed = True
+    def agree(self, kind: Any = None, failure: Exception | None = None) -> None:
+        """Compare with the other ranks, once for every kind of call, before anything travels.
+
+        Args:
+            kind: of call; None for the plan alone.
+            failure: why this rank cannot run it.
+
+        Raises:
+            ContextError: on every rank, where plans differ or another rank cannot run the call.
+            Exception: the failure.
+        """
+        _agreement.check(self._data, self.connected(), failure)
+        self._agreed |= {kind, None}
+
+    def _agree(self) -> None:
+        if None not in self._agreed:
+            self.agree()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self._data}

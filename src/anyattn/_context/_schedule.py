@@ -98,22 +98,9 @@ def units_of(job: Job, q: Tensor, k: Tensor, *, backward: bool = False) -> list[
         number += len(stage.calls)
     if not backward:
         return units
-    if job.tables.exclusive:
-        return _around([u for u in units if not u.local], [u for u in units if u.local], job, q, k)
+    if job.tables.exclusive:  # remote units first: what they owe travels while the local one computes
+        return [u for u in units if not u.local] + [u for u in units if u.local]
     return [u for i, _ in groups for local in (False, True) for u in units if u.group == i and u.local == local]
-
-
-def _around(remote: list[Unit], local: list[Unit], job: Job, q: Tensor, k: Tensor) -> list[Unit]:
-    """Backward's order where nothing is merged.
-
-    Half of the local heads computes while the first keys arrive, and the other half while what is owed travels. With
-    dropout a call has the heads that forward's had, and the local stage comes last.
-    """
-    if not remote or job.options.dropout or k.shape[1] % 2:
-        return remote + local
-    halves = [Heads(a, b) for a, b in zip(_split(q.shape[1], 2), _split(k.shape[1], 2), strict=True)]
-    first, second = ([u._replace(group=i, heads=heads) for u in local] for i, heads in enumerate(halves))
-    return [*first, *remote, *second]
 
 
 # --- keys on their way ---

