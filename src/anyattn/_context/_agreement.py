@@ -51,6 +51,14 @@ def _timeout(members: Members) -> timedelta:
     return getattr(options, "_timeout", None) or dist.distributed_c10d.default_pg_timeout
 
 
+class OthersFailed(ContextError):
+    """Other ranks cannot run a call that this one could."""
+
+    def __init__(self, ranks: list[int], text: str) -> None:
+        super().__init__(text)
+        self.ranks = ranks
+
+
 def check(data: PlanData, members: Members, failure: Exception | None) -> None:
     """Compare a plan on all ranks, and hear whether all can go on; a collective call on the host.
 
@@ -72,9 +80,10 @@ def check(data: PlanData, members: Members, failure: Exception | None) -> None:
         raise failure
     failed = everyone[:, -1].nonzero().flatten().tolist()
     if failed:
-        raise ContextError(
-            f"this call cannot run on ranks {', '.join(map(str, failed))} of the context-parallel group, which say why; "
-            "nothing has run here"
+        raise OthersFailed(
+            failed,
+            f"this call cannot run on ranks {', '.join(map(str, failed))} of the group, which say why; nothing has run "
+            "here",
         )
     if (everyone == everyone[0]).all():
         return

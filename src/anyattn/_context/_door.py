@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from anyattn import _core, _environment, _select
 from anyattn._context import _cost, _kernel, _schedule, _tables
+from anyattn._context._agreement import OthersFailed
 from anyattn._context._attention import ContextAttention, Run, terms_of
 from anyattn._context._heads import HeadExchange, shares
 from anyattn._context._kernel import Options, Terms
@@ -99,7 +101,18 @@ def _agree(t: Tensors, asked: Asked, plan: ContextPlan, kind: Any) -> None:
             _kernel.prepared(request)
     except Exception as error:  # whatever it is, the others must hear of it
         failure = error
-    plan.agree(kind, failure)
+    try:
+        plan.agree(kind, failure)
+    except OthersFailed as others:
+        _fail_alike(t, asked, plan, others)
+
+
+def _fail_alike(t: Tensors, asked: Asked, plan: ContextPlan, others: OthersFailed) -> None:
+    """Raise what another rank raises; a rank that computes nothing has found nothing wrong by itself."""
+    there = ContextPlan(replace(plan._data, rank=others.ranks[0]), plan._members)
+    for request in _requests(t, asked, there)[1]:
+        _kernel.prepared(request)
+    raise others
 
 
 @torch._dynamo.disable  # type: ignore[untyped-decorator]
