@@ -58,7 +58,7 @@ def _check(layout: Layout, lengths: list[int], ranks: int) -> None:
     members=st.sampled_from((1, 1, 1, 2, 3, 4)),
     mask=st.sampled_from(MASKS),
     how=st.sampled_from(("auto", "contiguous", "zigzag", "documents")),
-    order=st.sampled_from(("document", "slot")),
+    order=st.sampled_from(("document", "slot", "local")),
     multiple=st.sampled_from((1, 1, 8, 128)),
 )
 def test_every_token_once_and_ranks_level(lengths, groups, members, mask, how, order, multiple):

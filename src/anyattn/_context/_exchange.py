@@ -17,7 +17,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 #: Cycles, some microseconds.
-HEAD_START = 12_000
+HEAD_START = 40_000
 
 
 class Arrival(NamedTuple):

@@ -124,7 +124,9 @@ class ContextParallel:
         options: dict[str, Any] = {
             "multiple": pad_to_multiple_of, "members": shares.heads, "shape": shape, "comm": comm,
         }  # fmt: skip
-        order: _placement.Order = "document" if comm in ("p2p", "a2a+p2p") else "slot"
+        order: _placement.Order = "document" if comm in ("p2p", "a2a+p2p") else "local"
+        if capacity is not None:
+            order = "slot"  # queries in the order of their keys
         wished = cast("Placement", placement)
         queries = _placement.place(lengths, shares.world, mask, wished, order=order, **options)
         keys_at = queries

@@ -15,7 +15,7 @@ from anyattn._context._gpu import Gpu, default_gpu
 from anyattn._context._levelling import Shards, Span, cut, exchange, level, spread, weights, widths_of, zigzag_owners
 from anyattn._errors import ContextError
 
-Order = Literal["document", "slot"]
+Order = Literal["document", "slot", "local"]
 
 SPREADS: tuple[tuple[float, float | None], ...] = (
     (1.0, 1.0), (0.5, 2.0), (0.25, 4.0), (1.0, None), (0.5, None), (0.25, None)
@@ -53,8 +53,8 @@ def place(
             "auto" cuts long ones, keeps short ones whole, and levels tokens, then work. Under all but "documents" no
             rank has more than ceil(total / ranks) tokens, rounded up to ``multiple`` where ``members`` share a shard.
         multiple: rows of a rank are rounded up to it.
-        order: of a shard's pieces in memory: by document, or the first piece of every document, then the second of
-            every document that has one, and so on, so that a kernel call over gathered keys takes contiguous rows.
+        order: of a shard's pieces in memory: "document"; "slot", the first piece of every document, then the second of
+            each that has one, and so on; or "local", whole documents before pieces.
         members: so many neighbouring ranks share heads: the tokens are divided over ranks // members groups, then the
             rows of each group are cut in order, the first members full.
         shape: heads and dims, for estimates.
@@ -177,8 +177,9 @@ def _layout(
 def _ordered(spans: Sequence[Span], order: Order, lengths: Sequence[int]) -> list[Span]:
     """Spans as they lie in memory, those that continue one another made one.
 
-    By slot: whole documents, which need no other rank, then pieces, a document's first before its second, and those at
-    its beginning, which may need no other rank either, before the rest: each kernel call then has rows without gaps.
+    By slot: a document's first piece on the shard before its second. "local": whole documents, which need no other
+    rank, before all pieces, and those at a document's beginning, which may need none either, before the rest. Each
+    kernel call then has rows without gaps.
     """
     merged: list[Span] = []
     for span in sorted(spans):
@@ -192,8 +193,9 @@ def _ordered(spans: Sequence[Span], order: Order, lengths: Sequence[int]) -> lis
     keyed = []
     for span in merged:
         slot = slots[span.document] = slots.get(span.document, -1) + 1
+        local = order == "local"
         whole = span.begin == 0 and span.end == lengths[span.document]
-        keyed.append((not whole, slot, span.begin > 0, span))
+        keyed.append((local and not whole, slot, local and span.begin > 0, span))
     return [span for *_, span in sorted(keyed)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from anyattn._context import _geometry
@@ -135,6 +136,7 @@ def _calls(layout: Layout, mask: Mask, rank: int, place: dict[int, int]) -> tupl
 def _call(mask: Mask, entries: list[tuple[Entry, int]]) -> KernelCall:
     """Entries by their rows in the query shard, which is their order among the keys too."""
     entries = sorted(entries, key=lambda pair: pair[0].k)
+    assert all(a.q < b.q for (a, _), (b, _) in pairwise(entries)), "rows of a call increase on both sides"
     return KernelCall(mask.left, mask.right, tuple(e for e, _ in entries), tuple(d for _, d in entries))
 
 
