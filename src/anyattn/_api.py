@@ -206,7 +206,8 @@ def _with_plan(t: Tensors, plan: Any, *options: Any) -> Any:
     from anyattn._context import _door
 
     run = _door.breaking if torch.compiler.is_compiling() else _door.attention
-    return run(t, _door.Asked(*options), plan)
+    asked = _door.Asked(*options)
+    return run(t, asked._replace(window=as_tuple(asked.window), backend=as_tuple(asked.backend)), plan)
 
 
 def _look_up(key: Any) -> Prepared | None:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from anyattn._context._plan_data import PlanData
+from anyattn._context._plan_data import PlanData, number
 from anyattn._context._topology import Members
 from anyattn._errors import ContextError
 
@@ -59,8 +59,8 @@ class OthersFailed(ContextError):
         self.ranks = ranks
 
 
-def check(data: PlanData, members: Members, failure: Exception | None) -> None:
-    """Compare a plan on all ranks, and hear whether all can go on; a collective call on the host.
+def check(data: PlanData, members: Members, call: object, failure: Exception | None) -> None:
+    """Compare a plan and a call on all ranks, and hear whether all can go on; a collective call on the host.
 
     Raises:
         ContextError: on every rank, naming the fields and the ranks that differ, or the ranks that cannot go on.
@@ -71,10 +71,15 @@ def check(data: PlanData, members: Members, failure: Exception | None) -> None:
             raise failure
         return
     group = side_group(members)
-    mine = data.fingerprint()
-    numbers = torch.tensor([*mine.values(), failure is not None], dtype=torch.int64)
+    mine = data.fingerprint() | {"the call (shapes, dtypes, gradients, options)": 0 if failure else number(call)}
+    numbers = torch.tensor([*mine.values(), failure is not None], dtype=torch.int64, device="cpu")
     found = [torch.empty_like(numbers) for _ in range(members.world)]
-    group.allgather([found], [numbers]).wait()
+    try:
+        group.allgather([found], [numbers]).wait()
+    except RuntimeError as error:
+        if failure is not None:  # the others, which made no such call, are not waited for
+            raise failure from error
+        raise
     everyone = torch.stack(found)
     if failure is not None:
         raise failure

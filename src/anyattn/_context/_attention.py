@@ -56,7 +56,9 @@ class ContextAttention(torch.autograd.Function):
             kept += [part.q, part.k, part.v, part.answer.out, part.answer.lse, *part.answer.rngs]
         terms = run.terms
         ctx.like = tuple((x.shape, x.dtype) for x in (q, k, v))
-        ctx.save_for_backward(sink, bias, terms.alibi, terms.mask, *kept)
+        # A table of the plan is saved too, so that refilling it before backward is an error and not a wrong gradient.
+        ctx.save_for_backward(sink, bias, terms.alibi, terms.mask, run.job.tables.padding, *kept)
+        ctx.kernels = [part.answer.kernels for part in parts]
         return out, lse.float() if run.return_lse and lse is not None else None
 
     @staticmethod
@@ -87,7 +89,7 @@ def _with_sink(answer: Answer, sink: Tensor | None, padding: Tensor) -> Answer:
     if sink is None:
         return answer
     out, lse = _core.apply_sink(answer.out, answer.lse, sink)
-    return Answer(out, lse.masked_fill_(padding.bool(), _schedule.NEG_INF), answer.rngs)
+    return Answer(out, lse.masked_fill_(padding.bool(), _schedule.NEG_INF), answer.rngs, answer.kernels)
 
 
 # --- one rank has all heads ---
@@ -170,11 +172,11 @@ def _inputs(
 def _gradients(ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """The work of backward."""
     run: Run = ctx.run
-    sink, bias, alibi, mask, *kept = saved
+    sink, bias, alibi, mask, _, *kept = saved
     parts, at = [], 0
-    for size in ctx.sizes:
+    for size, kernels in zip(ctx.sizes, ctx.kernels, strict=True):
         q, k, v, out, lse = kept[at : at + 5]
-        parts.append(_Part(q, k, v, Answer(out, lse, tuple(kept[at + 5 : at + 5 + size]))))
+        parts.append(_Part(q, k, v, Answer(out, lse, tuple(kept[at + 5 : at + 5 + size]), kernels)))
         at += 5 + size
     dsink = torch.zeros_like(sink, dtype=_wide(sink)) if sink is not None and ctx.needs_input_grad[4] else None
     if dlse is not None:
@@ -202,6 +204,8 @@ def _gradients_by_heads(
     shape_q, shape_k, shape_v = (shape for shape, _ in ctx.like)
     if dout is None:
         dout = like.new_zeros(*shape_q[:2], shape_v[2])
+    if dlse is None and run.return_lse:  # another rank's may have a gradient, and all take part in its exchange
+        dlse = like.new_zeros(shape_q[1], shape_q[0], dtype=_wide(like))
     grads = _receivers(like, dtype, (shape_q, shape_k, shape_v), heads.share.plain)
     returning: list[tuple[int, list[Any]]] = []
     for group, arrivals in _ahead(heads.share.groups, lambda g: _send_gradients(heads, g, dout, dlse)):

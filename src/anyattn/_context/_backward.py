@@ -59,7 +59,9 @@ def backward(job: Job, x: Given) -> Gradients:
         call = tables.stages[0].calls[0]
         mine = terms_of(x.terms, slice(0, x.q.shape[1]), 0)
         saved = Saved(x.answer.out, x.answer.lse, x.answer.rngs[0])
-        return Gradients(*kernel_of(job, call).run_backward(x.q, x.k, x.v, mine, saved, x.dout, x.dlse))
+        return Gradients(
+            *kernel_of(job, call).run_backward(x.answer.kernels[0], x.q, x.k, x.v, mine, saved, x.dout, x.dlse)
+        )
     work = _Gathered(job, x) if tables.exclusive else _Merged(job, x)
     for unit, keys, values in with_keys(job, units_of(job, x.q, x.k, backward=True), x.k, x.v):
         (work.local if unit.local else work.remote)(unit, keys, values)
@@ -97,7 +99,14 @@ class _Work:
             dlse = None if x.dlse is None else x.dlse[heads, q0:q1].contiguous()
             kernel, terms = kernel_of(self.job, call), terms_of(x.terms, heads, number)
             dq, dk, dv, dbias = kernel.run_backward(
-                x.q[q0:q1, heads], k[k0:k1], v[k0:k1], terms, saved, x.dout[q0:q1, heads], dlse
+                x.answer.kernels[number],
+                x.q[q0:q1, heads],
+                k[k0:k1],
+                v[k0:k1],
+                terms,
+                saved,
+                x.dout[q0:q1, heads],
+                dlse,
             )
             if dbias is not None and self.dbias is not None:
                 whole = self.dbias[:, heads] if self.dbias.shape[1] > 1 else self.dbias
@@ -114,7 +123,7 @@ class _Work:
             _rows.sum_rows(wire.v, fewer([p.dv for p in parts]), stage.back)
         self.arrived()
         counts = stage.stage.receive, stage.send_counts
-        self.travelling.append((unit, exchange(self.job.group, wire.rows, *counts, head_start=True)))
+        self.travelling.append((unit, exchange(self.job.group, wire.rows, *counts, head_start=self.job.head_start)))
 
     def arrived(self) -> None:
         """Take in everything that is on its way."""

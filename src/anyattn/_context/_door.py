@@ -12,13 +12,15 @@ from torch import Tensor
 from anyattn import _core, _environment, _select
 from anyattn._context import _cost, _kernel, _schedule, _tables
 from anyattn._context._agreement import OthersFailed
-from anyattn._context._attention import ContextAttention, Run, terms_of
+from anyattn._context._attention import ContextAttention, Run
 from anyattn._context._heads import HeadExchange, shares
 from anyattn._context._kernel import Options, Terms
 from anyattn._context._plan import ContextPlan, normal_mask
 from anyattn._context._plan_data import check_features
 from anyattn._context._schedule import Job
+from anyattn._context._shards import check_not_captured
 from anyattn._context._tables import CallTables, Tables
+from anyattn._context._topology import Members
 from anyattn._errors import ContextError, DeviceError, ShapeError, Unsupported
 from anyattn._explanation import Explanation
 from anyattn._packing import Packing
@@ -62,7 +64,7 @@ def attention(t: Tensors, asked: Asked, plan: Any) -> Any:
     batch, seed = sizes.batch, _seed(asked, plan._data.rank)
     cast = autocast_dtype(t.q.device.type)
     q, k, v = (x.to(cast) if cast is not None and x.dtype == torch.float32 else x for x in (t.q, t.k, t.v))
-    q, k, v = (_enter(x, sizes.layout) for x in (q, k, v))
+    q, k, v = (_enter(x if x.stride(-1) == 1 else x.contiguous(), sizes.layout) for x in (q, k, v))
     if (t.bias is not None or t.mask is not None) and batch:
         out, lse = _entry_by_entry(plan, t, asked, (q, k, v), batch, seed)
     else:
@@ -97,14 +99,27 @@ def _agree(t: Tensors, asked: Asked, plan: ContextPlan, kind: Any) -> None:
     """
     failure: Exception | None = None
     try:
-        for request in _requests(t, asked, plan)[1]:
+        requests = _requests(t, asked, plan)[1]
+        if t.q.is_meta:
+            raise DeviceError("q is on meta, which explain() takes; attention() computes: move the tensors to a device")
+        for request in requests:
             _kernel.prepared(request)
     except Exception as error:  # whatever it is, the others must hear of it
         failure = error
     try:
-        plan.agree(kind, failure)
+        plan.agree(kind, _alike(t, asked), failure)
     except OthersFailed as others:
         _fail_alike(t, asked, plan, others)
+
+
+def _alike(t: Tensors, asked: Asked) -> object:
+    """What must be alike on all ranks: all but devices and data."""
+    tensors = (t.q, t.k, t.v, t.sink, t.alibi_slopes, t.bias, t.mask)
+    described = [
+        (tuple(x.shape), str(x.dtype), x.requires_grad and torch.is_grad_enabled()) if isinstance(x, Tensor) else None
+        for x in tensors
+    ]
+    return described, asked, autocast_dtype(t.q.device.type) if isinstance(t.q, Tensor) else None
 
 
 def _fail_alike(t: Tensors, asked: Asked, plan: ContextPlan, others: OthersFailed) -> None:
@@ -115,7 +130,9 @@ def _fail_alike(t: Tensors, asked: Asked, plan: ContextPlan, others: OthersFaile
     raise others
 
 
-@torch._dynamo.disable  # type: ignore[untyped-decorator]
+@torch._dynamo.disable(  # type: ignore[untyped-decorator]
+    reason="attention(plan=...) communicates, which is not for the compiler: leave out fullgraph=True"
+)
 def breaking(t: Tensors, asked: Asked, plan: Any) -> Any:
     """The same from a compiled region, which breaks here: what travels is not for the compiler."""
     return attention(t, asked, plan)
@@ -186,7 +203,7 @@ def _requests(t: Tensors, asked: Asked, plan: ContextPlan) -> tuple[list[CallTab
         heads = (q.shape[2] // groups, k.shape[2] // groups)
         if run.heads is not None:
             heads = (run.heads.share.heads, run.heads.share.slots)
-        terms = terms_of(run, run.terms.alibi, run.terms.bias, run.terms.mask, slice(0, heads[0]), 0)
+        terms = _schedule.terms_of(run.terms._replace(seed=None), slice(0, heads[0]), 0)
         for call in stage.calls:
             rows = (call.q[1] - call.q[0], call.k[1] - call.k[0])
             parts = [
@@ -233,7 +250,8 @@ def _run(
         wanted = 2 if shape.sequence == 1 and _seconds(plan, batch, q, v) > 2 * LEAST else 1
         share = shares(shape.heads, q.shape[2], k.shape[2], wanted)
         heads = HeadExchange(share, groups[-1])
-    job = Job(tables, options, sequence_group, _groups(plan, batch, q, k, v) if heads is None else 1, dense)
+    job = Job(tables, options, sequence_group, _groups(plan, batch, q, k, v) if heads is None else 1, dense=dense)
+    job = replace(job, head_start=q.is_cuda and _seconds(plan, batch, q, v) > LEAST)
     slopes = None if t.alibi_slopes is None else t.alibi_slopes.detach()
     assert t.mask is None or isinstance(t.mask, Tensor)
     terms = Terms(slopes, t.bias, t.mask, seed)
@@ -276,6 +294,7 @@ def tables_of(plan: ContextPlan, device: torch.device, batch: int, *, alibi: boo
     key = (device, batch, alibi, dense)
     found = plan._tables.get(key)
     if found is None:
+        check_not_captured(device)
         with torch.inference_mode(False):
             data = plan._data.batched(batch)
             found = plan._tables[key] = _tables.build(data, device, alibi=alibi, dense=dense)
@@ -335,10 +354,11 @@ def _check_same(t: Tensors, asked: Asked, plan: ContextPlan) -> None:
         ("packing", t.packing, data.queries.lengths),
         ("packing_kv", t.packing_kv, data.keys.lengths),
     ):
-        if packing is None:
+        if packing is None or packing in plan._packings:
             continue
         if not isinstance(packing, Packing) or packing.host_lengths()[0] != lengths:
             raise ContextError(f"{name} has other lengths than the plan: leave it out, or make the plan from it")
+        plan._packings.add(packing)
 
 
 def _request(t: Tensors, asked: Asked, plan: ContextPlan) -> Request:
@@ -356,7 +376,8 @@ def _request(t: Tensors, asked: Asked, plan: ContextPlan) -> Request:
         describe(q, grad), describe(k, grad), describe(v, grad), None, None, asked.scale, asked.softcap,
         describe_optional(t.sink, grad), describe_optional(t.alibi_slopes, grad), None, None, asked.dropout,
         asked.layout, rows if packed else None, rows if packed else None, "any",
-        asked.backend, ("auto",), asked.deterministic, False, asked.return_lse, autocast_dtype(q.device.type), None,
+        asked.backend, _select.default_preference(), asked.deterministic, torch.are_deterministic_algorithms_enabled(),
+        asked.return_lse, autocast_dtype(q.device.type), _environment.flash_override(),
     )  # fmt: skip
 
 
@@ -374,7 +395,7 @@ def _check_sizes(t: Tensors, sizes: Sizes, plan: ContextPlan) -> None:
             f"this rank's shards have {sizes.seq_q} query and {sizes.seq_k} key rows; the plan's have "
             f"{data.queries.rows} and {data.keys.rows}: make them with plan.shard and plan.kv.shard"
         )
-    if members is not None and members.groups is not None and t.q.device.type != members.device.type:
+    if members is not None and members.groups is not None and t.q.device.type not in _kinds(members):
         raise DeviceError(f"q is on {t.q.device}, and the plan's group connects {members.device.type} tensors")
     given = zip(
         ("num_heads", "num_kv_heads", "head_dim", "head_dim_v"), data.given,
@@ -391,6 +412,12 @@ def _check_sizes(t: Tensors, sizes: Sizes, plan: ContextPlan) -> None:
     for name, x in (("bias", t.bias), ("mask", t.mask)):
         if isinstance(x, Tensor):
             _check_term(name, x, sizes, data.keys.lengths[0])
+
+
+def _kinds(members: Members) -> set[str]:
+    """Of devices whose tensors a group carries; explain() has none."""
+    assert members.groups is not None
+    return {"meta", members.device.type, *(device.type for device in members.groups[0]._device_types)}
 
 
 def _check_term(name: str, x: Tensor, sizes: Sizes, keys: int) -> None:

@@ -57,7 +57,8 @@ def exchange(
         _bytes(received), _bytes(send), list(receive_counts), list(send_counts), group=group, async_op=True
     )
     if head_start and send.is_cuda:
-        torch.cuda._sleep(HEAD_START)
+        with torch.cuda.device(send.device):
+            torch.cuda._sleep(HEAD_START)
     return Arrival(received, work, send)
 
 

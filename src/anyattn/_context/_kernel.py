@@ -57,19 +57,19 @@ class Kernel:
     keys: tuple[int, int] | None = None
     """For terms over (seq_q, seq_k): the key positions that the call sees; its tensors are 4-D then."""
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Result:
-        """(out, lse, rng) of rows q (rows, heads, dim) over a key buffer's rows, both already cut to the call."""
+    def run(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> tuple[Prepared, Result]:
+        """What ran, and (out, lse, rng) of rows q (rows, heads, dim) over a key buffer's, both cut to the call."""
         q, k, v = self._shaped(q), self._shaped(k), self._shaped(v)
         x, bias = self._inputs(terms)
         request = self._request(q, k, v, x, bias)
 
-        def run(p: Prepared) -> Result:
-            return _core.forward(p, _core.make_call(p, q, k, v, None, bias, x), None)
+        def run(p: Prepared) -> tuple[Prepared, Result]:
+            return p, _core.forward(p, _core.make_call(p, q, k, v, None, bias, x), None)
 
-        out, lse, rng, _ = _core.run_accepted(
+        p, (out, lse, rng, _) = _core.run_accepted(
             lambda: _prepare(request, self.bare), run, lambda: _drop(request, self.bare)
         )
-        return Result(self._flat(out), self._flat_lse(lse), rng)
+        return p, Result(self._flat(out), self._flat_lse(lse), rng)
 
     def request(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Request:
         """What is asked of the choice of a kernel."""
@@ -77,12 +77,19 @@ class Kernel:
         return self._request(self._shaped(q), self._shaped(k), self._shaped(v), x, bias)
 
     def run_backward(
-        self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, saved: Saved, dout: Tensor, dlse: Tensor | None
+        self,
+        p: Prepared,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        terms: Terms,
+        saved: Saved,
+        dout: Tensor,
+        dlse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(dq, dk, dv, dbias) from the final out and lse."""
+        """(dq, dk, dv, dbias) from the final out and lse, by what forward ran."""
         q, k, v = self._shaped(q), self._shaped(k), self._shaped(v)
         x, bias = self._inputs(terms)
-        p = _prepare(self._request(q, k, v, x, bias), self.bare)
         call = _core.make_call(p, q, k, v, None, bias, x)
         if self.keys is not None:
             saved = saved._replace(out=saved.out[None], lse=saved.lse[None])

@@ -158,7 +158,11 @@ class ContextParallel:
                 f"the plan is for rank {data.rank} of {data.topology.world}, this is rank {self.rank} of {self.size}: "
                 f"make it with ContextParallel(({self.size}, {self.rank}))"
             )
-        topology(data.comm, self._members)
+        if topology(data.comm, self._members) != data.topology:
+            raise ContextError(
+                f"the plan is for {data.topology.sequence} x {data.topology.heads} ranks along sequence and heads, and "
+                f"the mesh has shape {self._members.shape}: make it for that shape"
+            )
         return plan.bind(self._members)
 
     def _choose(

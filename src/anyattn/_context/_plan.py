@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -31,10 +32,12 @@ class _Keys(Shards):
 
     def __init__(self, plan: ContextPlan, data: PlanData, members: Members | None) -> None:
         super().__init__(data.keys, data.memory_k, data.rank, members)
-        self._plan = plan
+        self._plan = weakref.ref(plan)
 
     def _agree(self) -> None:
-        self._plan._agree()
+        plan = self._plan()
+        if plan is not None:
+            plan._agree()
 
 
 class ContextPlan(Shards):
@@ -59,8 +62,9 @@ class ContextPlan(Shards):
         self._data = data
         self._agreed: set[Any] = set()
         self._tables: dict[Any, Tables] = {}
+        self._packings: Any = weakref.WeakSet()  # found equal to the plan's
         self._checked: dict[Any, Any] = {}  # sizes of calls whose arguments were found right
-        self._kv: Shards = _Keys(self, data, members) if data.cross else self
+        self._keys = _Keys(self, data, members) if data.cross else None
 
     # --- what it says ---
 
@@ -84,7 +88,7 @@ class ContextPlan(Shards):
     @property
     def kv(self) -> Shards:
         """The same for keys and values: how cross-attention's are sharded; the plan itself otherwise."""
-        return self._kv
+        return self if self._keys is None else self._keys
 
     @property
     def imbalance(self) -> float:
@@ -174,18 +178,19 @@ class ContextPlan(Shards):
         if self._members is not None and self._members.groups is not None:
             self.agree()
 
-    def agree(self, kind: Any = None, failure: Exception | None = None) -> None:
+    def agree(self, kind: Any = None, call: object = None, failure: Exception | None = None) -> None:
         """Compare with the other ranks, once for every kind of call, before anything travels.
 
         Args:
             kind: of call; None for the plan alone.
+            call: what of it must be alike on all ranks.
             failure: why this rank cannot run it.
 
         Raises:
             ContextError: on every rank, where plans differ or another rank cannot run the call.
             Exception: the failure.
         """
-        _agreement.check(self._data, self.connected(), failure)
+        _agreement.check(self._data, self.connected(), call, failure)
         self._agreed |= {kind, None}
 
     def _agree(self) -> None:

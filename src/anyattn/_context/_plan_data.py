@@ -150,11 +150,12 @@ class PlanData:
             "rows per rank": (self.queries.rows, self.keys.rows, self.multiple),
             "heads and head dims": self.given,
             "features": self.features,
+            "capacity": self.capacity,
         }
-        return {name: _number(value) for name, value in fields.items()}
+        return {name: number(value) for name, value in fields.items()}
 
 
-def _number(value: object) -> int:
+def number(value: object) -> int:
     """63 bits that depend on a value's text alone, on every machine."""
     digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -178,6 +179,10 @@ def _batched_memory(memory: Memory, batch: int) -> Memory:
     return Memory(starts, memory.rows * batch, memory.entries)
 
 
+def _queries_are_longer(data: PlanData) -> bool:
+    return any(q > k for q, k in zip(data.queries.lengths, data.keys.lengths, strict=True))
+
+
 #: Why a scheme cannot do what a feature asks: physics, not effort.
 _ONLY_GATHER = (
     "a bias or mask over this rank's queries and all keys needs all keys in their original order: use comm='all_gather'"
@@ -199,6 +204,11 @@ def check_features(data: PlanData, features: frozenset[str]) -> None:
                 f"a tensor {name} goes with 4-D tensors, whose plan is made from a plain length: this plan was made "
                 "from a Packing"
             )
+    if "alibi" in features and data.mask.top_left and _queries_are_longer(data):
+        raise ContextError(
+            "ALiBi with causal='top_left' and more queries than keys: the last queries stand beyond all keys, "
+            "and kernels measure distances from the end of the keys: use causal=True, or attention without a plan"
+        )
     if "alibi" in features and data.comm != "a2a" and data.mask.right != 0:
         raise ContextError(
             f"ALiBi without causal under comm={data.comm!r}: kernels count distances from the end of the keys, which "

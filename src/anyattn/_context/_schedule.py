@@ -18,6 +18,7 @@ from anyattn._context import _rows
 from anyattn._context._exchange import Arrival, exchange
 from anyattn._context._kernel import Kernel, Options, Terms
 from anyattn._context._tables import CallTables, StageTables, Tables
+from anyattn._core import Prepared
 
 NEG_INF = float("-inf")
 
@@ -32,6 +33,8 @@ class Job:
     """Connects the sequence ranks; None for one."""
     groups: int
     """In how many parts the keys of a stage travel."""
+    head_start: bool = False
+    """What travels is let begin before a kernel fills the GPU."""
     dense: bool = False
     """Terms over (seq_q, seq_k): every call has 4-D tensors."""
 
@@ -65,6 +68,8 @@ class Answer(NamedTuple):
     lse: Tensor
     rngs: tuple[Tensor | None, ...]
     """Per kernel call, in order: what backward needs to repeat dropout."""
+    kernels: tuple[Prepared, ...]
+    """Per kernel call: what ran, and what backward runs too."""
 
 
 def _split(heads: int, groups: int) -> list[slice]:
@@ -136,7 +141,7 @@ def _fetch(job: Job, unit: Unit, k: Tensor, v: Tensor) -> Arrival:
     wire = Wire.empty(k, stage.send.shape[0], heads.stop - heads.start, k.shape[2], v.shape[2])
     _rows.sum_rows(wire.k, [k[:, heads]], stage.send)
     _rows.sum_rows(wire.v, [v[:, heads]], stage.send)
-    return exchange(job.group, wire.rows, stage.send_counts, stage.stage.receive, head_start=True)
+    return exchange(job.group, wire.rows, stage.send_counts, stage.stage.receive, head_start=job.head_start)
 
 
 def _keys(unit: Unit, arrival: Arrival, dim: int, dim_v: int) -> tuple[Tensor, Tensor]:
@@ -192,28 +197,28 @@ def forward(job: Job, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Answer:
     tables = job.tables
     if tables.direct:
         call = tables.stages[0].calls[0]
-        out, lse, rng, _ = kernel_of(job, call).run(q, k, v, terms_of(terms, slice(0, q.shape[1]), 0))
+        p, (out, lse, rng, _) = kernel_of(job, call).run(q, k, v, terms_of(terms, slice(0, q.shape[1]), 0))
         assert lse is not None
-        return Answer(out, lse, (rng,))
+        return Answer(out, lse, (rng,), (p,))
     into: _Parts | _Sums = _Parts(job, q, k, v) if tables.exclusive else _Sums(job, q, v)
-    rngs: list[Tensor | None] = []
+    ran: list[tuple[Tensor | None, Prepared]] = []
     for unit, keys, values in with_keys(job, units_of(job, q, k), k, v):
-        _compute(job, unit, q, keys, values, terms, into, rngs)
+        _compute(job, unit, q, keys, values, terms, into, ran)
         del keys, values
-    return Answer(*into.result(), tuple(rngs))
+    return Answer(*into.result(), tuple(rng for rng, _ in ran), tuple(p for _, p in ran))
 
 
 def _compute(
     job: Job, unit: Unit, q: Tensor, k: Tensor, v: Tensor, terms: Terms, into: _Parts | _Sums,
-    rngs: list[Tensor | None],
+    ran: list[tuple[Tensor | None, Prepared]],
 ) -> None:  # fmt: skip
     """The calls of a unit; k and v are its key buffer."""
     for call in unit.stage.calls:
         (q0, q1), (k0, k1) = call.q, call.k
-        mine = terms_of(terms, unit.heads.q, len(rngs))
-        out, lse, rng, _ = kernel_of(job, call).run(q[q0:q1, unit.heads.q], k[k0:k1], v[k0:k1], mine)
+        mine = terms_of(terms, unit.heads.q, len(ran))
+        p, (out, lse, rng, _) = kernel_of(job, call).run(q[q0:q1, unit.heads.q], k[k0:k1], v[k0:k1], mine)
         assert lse is not None
-        rngs.append(rng)
+        ran.append((rng, p))
         into.add(unit, call, out, lse)
 
 

@@ -11,6 +11,7 @@ from anyattn._context._data import Layout
 from anyattn._context._exchange import gather_rows
 from anyattn._context._plan_data import Memory
 from anyattn._context._topology import Members
+from anyattn._derived import in_graph_memory
 from anyattn._errors import ContextError, ShapeError
 
 
@@ -124,7 +125,9 @@ class Shards:
         """int64 rows on a device: "mine" and "positions" per row of the shard, "whole" per row in memory; -1: none."""
         key = (name, device)
         if key not in self._indices:
-            self._indices[key] = _upload(getattr(self, f"_make_{name}")(), device)
+            check_not_captured(device)
+            with torch.inference_mode(False):
+                self._indices[key] = _upload(getattr(self, f"_make_{name}")(), device)
         return self._indices[key]
 
     def _make_mine(self) -> Tensor:
@@ -157,20 +160,35 @@ class Shards:
             rows = gather_rows(members.groups[::-1], rows)
         return _take(rows, 0, self._index("whole", x.device), fill).movedim(0, dim)
 
-    def own(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's rows of the whole, zero elsewhere."""
-        return _take(x, dim, self._index("mine", x.device), 0)
+    def own_rows(self, device: torch.device) -> Tensor:
+        """int64 (rows,): where this rank's rows lie in memory; -1 for those without a token."""
+        return self._index("mine", device)
 
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards, dim: int, fill: float) -> Tensor:
-        ctx.shards, ctx.dim = shards, dim
+        ctx.dim = dim
+        # Saved, so that refilling the plan before backward is an error and not a wrong gradient.
+        ctx.save_for_backward(shards.own_rows(x.device))
         return shards.gathered(x, dim, fill)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.shards.own(grad, ctx.dim), None, None, None
+        (mine,) = ctx.saved_tensors
+        return _take(grad, ctx.dim, mine, 0), None, None, None
+
+
+def check_not_captured(device: torch.device) -> None:
+    """Refuse to put a plan on a device while a CUDA graph is captured: it would live in the graph's memory.
+
+    Raises:
+        ContextError: it is.
+    """
+    if device.type == "cuda" and in_graph_memory(torch.cuda.current_device() if device.index is None else device.index):
+        raise ContextError(
+            "a plan's first use cannot be captured in a CUDA graph: run the step once before, uncaptured"
+        )
 
 
 def _take(x: Tensor, dim: int, index: Tensor, fill: float) -> Tensor:

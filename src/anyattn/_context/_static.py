@@ -146,6 +146,8 @@ def refill(plan: ContextPlan, other: ContextPlan) -> None:
     Raises:
         ContextError: it has none, or the other plan is of another kind.
     """
+    if not isinstance(other, type(plan)):
+        raise ContextError(f"copy_ takes a ContextPlan, got {type(other).__name__}: make one with ContextParallel.plan")
     mine, theirs = plan._data, other._data
     if mine.capacity is None:
         raise ContextError(

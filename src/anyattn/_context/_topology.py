@@ -148,7 +148,8 @@ def _of_group(group: ProcessGroup) -> Members:
     rank = dist.get_rank(group)
     if rank < 0:
         raise ContextError("this rank is not in the process group: make ContextParallel on its members only")
-    kind = "cuda" if "nccl" in str(dist.get_backend(group)) else "cpu"
+    kinds = {device.type for device in group._device_types}
+    kind = "cuda" if "cuda" in kinds and torch.cuda.is_available() else "cpu"
     ranks = tuple(dist.get_process_group_ranks(group))
     return Members((dist.get_world_size(group),), rank, (group,), _device(kind), ranks)
 

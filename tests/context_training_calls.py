@@ -1,0 +1,201 @@
+"""Single calls over ranks: with dropout, repeated, refilled, with heads in groups.
+
+Nothing is asserted here: the jobs return what a rank found, and tests/test_context_training.py judges it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import anyattn
+import context_ranks
+from anyattn._context import _door
+from context_cases import ContextCase, build
+from context_pool import Seat
+
+
+def with_determinism(seat: Seat, case: ContextCase, deterministic: bool | None) -> context_ranks.Found:
+    """A case with ``deterministic=``, whatever torch's flag is."""
+    whole = build(case)
+    local = context_ranks.localize(whole, context_ranks.plan_of(case, seat.group, whole), "cpu")
+    local.arguments["deterministic"] = deterministic
+    return context_ranks.measure(whole, local, context_ranks.attend(local))
+
+
+class Dropping(NamedTuple):
+    """What a rank's part adds to, and saw of, a call with dropout."""
+
+    dout_out: float
+    v_dv: float
+    slope: float
+    """Of <dout, out> along a direction of all inputs, by differences."""
+    along: float
+    """The same by gradients."""
+    repeats: bool
+    """The same torch seed gave the same bits, forward and backward."""
+    differs: bool
+    """Another torch seed did not, nor a second call."""
+
+
+def dropping(seat: Seat, case: ContextCase, rate: float) -> Dropping:
+    """Forward, backward and differences with one seed."""
+    whole = build(case)
+    assert whole.dout is not None
+    plan = context_ranks.plan_of(case, seat.group, whole)
+    local = context_ranks.localize(whole, plan, "cpu")
+    local.arguments |= {"dropout": rate, "return_lse": False}
+    names = [n for n in ("q", "k", "v", "sink", "bias") if n in local.leaves]
+    given: dict[str, Tensor] = {**local.arguments, **local.given}
+    inputs = [given[n].detach().double().requires_grad_() for n in names]
+    dout = plan.shard(whole.dout[0] if case.is_packed else whole.dout, dim=local.dim)
+
+    def run(seed: int | None, *tensors: Tensor) -> Tensor:
+        if seed is not None:
+            torch.manual_seed(seed)
+        q, k, v, *rest = tensors
+        arguments: dict[str, Any] = local.arguments | dict(zip(names[3:], rest, strict=True))
+        out: Tensor = anyattn.attention(q, k, v, **arguments)
+        return out
+
+    out = run(3, *inputs)
+    grads = torch.autograd.grad(out, inputs, dout)
+    again = run(3, *inputs)
+    repeats = torch.equal(out, again) and all(map(torch.equal, grads, torch.autograd.grad(again, inputs, dout)))
+    torch.manual_seed(seat.rank)  # a direction of sharded inputs; replicated ones have the same on all ranks
+    ways = [torch.randn_like(x) for x in inputs[:3]]
+    torch.manual_seed(99)
+    ways += [torch.randn_like(x) for x in inputs[3:]]
+    with torch.no_grad():
+        run(3, *inputs)
+        differs = not any(torch.equal(out, run(seed, *inputs)) for seed in (None, 4))
+        ends = [run(3, *(x + h * w for x, w in zip(inputs, ways, strict=True))) for h in (1e-6, -1e-6)]
+    slope = (dout * (ends[0] - ends[1])).sum().item() / 2e-6
+    along = sum((w * g).sum().item() for w, g in zip(ways, grads, strict=True))
+    return Dropping((dout * out).sum().item(), (inputs[2] * grads[2]).sum().item(), slope, along, repeats, differs)
+
+
+class Masks(NamedTuple):
+    """Probabilities after dropout, (documents, heads, queries, keys)."""
+
+    forward: Tensor
+    backward: Tensor
+    """This rank's part, as its backward has them."""
+
+
+def dropped_masks(seat: Seat, case: ContextCase, rate: float, grouped: bool) -> Masks:
+    """Read off out and dv, where values and incoming gradients are unit vectors; documents are as long as wide."""
+    assert isinstance(case.lengths, tuple)
+    parts = mock.patch.object(_door, "LEAST", 0.0) if grouped else contextlib.nullcontext()
+    with context_ranks.machine(case), parts:
+        whole = build(case)
+        plan = context_ranks.plan_of(case, seat.group, whole)
+        q, k, v = (x[0] for n in "qkv" if (x := whole.tensors[n]) is not None)
+        unit = torch.eye(v.shape[2], dtype=v.dtype).repeat(len(case.lengths), 1)[:, None].repeat(1, v.shape[1], 1)
+        v = unit.clone().requires_grad_()
+        torch.manual_seed(3)  # on all ranks
+        q, k = (plan.shard(x).requires_grad_() for x in (q, k))
+        arguments: dict[str, Any] = {"scale": case.terms.scale, "backend": case.backend}
+        out = anyattn.attention(q, k, plan.shard(v), dropout=rate, plan=plan, **arguments)
+        out.backward(plan.shard(unit))
+        assert v.grad is not None
+        forward, backward = (
+            x.detach().unflatten(0, (len(case.lengths), -1)).transpose(1, 2) for x in (plan.unshard(out), v.grad)
+        )
+        return Masks(forward, backward.transpose(2, 3))
+
+
+class Capacity(NamedTuple):
+    """Of a packing."""
+
+    sequences: int
+    rows: int
+    longest: int
+
+    def packing(self, lengths: Sequence[int]) -> anyattn.Packing:
+        """A batch in it."""
+        return anyattn.Packing.from_lengths(
+            list(lengths), max_sequences=self.sequences, max_rows=self.rows, max_seqlen=self.longest
+        )
+
+
+class Refilled(NamedTuple):
+    """A rank's part of one batch of many that went through one plan."""
+
+    found: context_ranks.Found
+    tokens: Tensor
+    """Which rows of the batch lie here."""
+    positions: Tensor
+    beyond: int
+    """How many values are not zero, of lse not -inf, in rows beyond the batch."""
+
+
+def refilled(seat: Seat, case: ContextCase, capacity: Capacity, batches: Sequence[tuple[int, ...]]) -> list[Refilled]:
+    """One plan for all batches."""
+    cp = anyattn.ContextParallel(seat.group, comm=case.comm)
+    arguments, results = context_ranks.plan_arguments(case), []
+    plan = cp.plan(capacity.packing((5, 4)), **arguments)
+    for i, lengths in enumerate(batches):
+        one = replace(case, lengths=lengths, seed=i, tail=capacity.rows - sum(lengths))
+        assert plan.copy_(cp.plan(capacity.packing(lengths), **arguments)) is plan
+        tokens = plan.shard(torch.arange(capacity.rows), fill=-1)
+        whole = build(one)
+        whole.dout = _longer(whole.dout, 1, capacity.rows)
+        whole.dlse = _longer(whole.dlse, 2, capacity.rows)
+        local = context_ranks.localize(whole, plan, "cpu")
+        found = context_ranks.measure(whole, local, context_ranks.attend(local))
+        assert found.lse is not None
+        n = sum(lengths)
+        beyond = found.out[:, n:].count_nonzero() + (found.lse[..., n:] != -math.inf).count_nonzero()
+        found.out, found.lse = found.out[:, :n], found.lse[..., :n]
+        results.append(Refilled(found, tokens[plan.valid], plan.position_ids[plan.valid], int(beyond)))
+    return results
+
+
+def _longer(x: Tensor | None, dim: int, rows: int) -> Tensor | None:
+    """With zeros up to so many rows."""
+    if x is None:
+        return None
+    shape = list(x.shape)
+    shape[dim] = rows - shape[dim]
+    return torch.cat([x, x.new_zeros(shape)], dim)
+
+
+def refilled_too_early(seat: Seat, comm: str, capacity: Capacity) -> tuple[str | None, str]:
+    """Forward, a refill, and backward: the error's name, and whether the gradients are right."""
+    cp = anyattn.ContextParallel(seat.group, comm=comm)
+    plan, same = (cp.plan(capacity.packing((40, 20)), num_heads=4) for _ in range(2))
+    q = torch.randn(plan.rows, 4, 8, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(anyattn.attention(q, q, q, plan=same, backend="reference").square().sum(), q)[0]
+    loss = anyattn.attention(q, q, q, plan=plan, backend="reference").square().sum()
+    plan.copy_(cp.plan(capacity.packing((3, 9, 30)), num_heads=4))
+    try:
+        found = torch.autograd.grad(loss, q)[0]
+    except (RuntimeError, anyattn.ContextError) as error:
+        return type(error).__name__, "none"
+    return None, "right" if torch.equal(found, wanted) else "wrong"
+
+
+def in_groups(seat: Seat, case: ContextCase) -> tuple[context_ranks.Found, int]:
+    """A case with as many groups of heads as there can be, and how many there were."""
+    counts = [1]
+
+    def groups(*arguments: Any) -> int:
+        counts.append(_groups(*arguments))
+        return counts[-1]
+
+    def shares(*arguments: Any) -> Any:
+        found = _shares(*arguments)
+        counts.append(found.groups)
+        return found
+
+    _groups, _shares = _door._groups, vars(_door)["shares"]
+    with mock.patch.multiple(_door, LEAST=0.0, _groups=groups, shares=shares):
+        return context_ranks.run(seat, case), max(counts)
