@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -215,3 +216,39 @@ def _tiny_on_the_cpu() -> Iterator[str]:
                 link = f"[host](benchmarks/results/{path.name})"
                 yield f"- a tiny call on the CPU: {ratio(row)} times as long as `{row['against']}` ({link})"
                 return
+
+
+# --- context parallelism -------------------------------------------------------------------------------------------
+
+_CONTEXT = re.compile(r"forward and backward, (?P<case>.+?), (?P<scheme>p2p|all_gather|a2a|a2a\+p2p), (?P<kernel>\S+)$")
+_PEER = re.compile(r"forward and backward, (?P<case>.+?), (?P<peer>ring-flash-attn .+|torch context_parallel .+)$")
+
+
+def context() -> str:
+    """Speed of every scheme against one GPU, and of others' context parallelism in the same runs."""
+    cells: dict[tuple[str, str], str] = {}
+    links = []
+    measured = [(path, content) for path, content in _results("context") if "rows" in content]
+    for path, content in measured:
+        links.append(f"[file](../benchmarks/results/{path.name})")
+        for row in content["rows"]:
+            if found := _CONTEXT.match(row["name"]):
+                cells[found["case"], found["scheme"]] = f"{row['ours']:.0f} ({ratio(row)})"
+            elif found := _PEER.match(row["name"]):
+                cells[found["case"], found["peer"]] = f"{row['ours']:.0f} ({ratio(row)})"
+    cases = list(dict.fromkeys(case for case, _ in cells))
+    ways = list(dict.fromkeys(way for _, way in cells))
+    rows = [
+        ("", *cases),
+        *((f"`{way}`" if way in SCHEMES else way, *(cells.get((c, way), "") for c in cases)) for way in ways),
+    ]
+    machine = measured[0][1]["machine"]
+    head = (
+        f"Forward and backward on {machine['ranks']} {machine['gpu']}, torch {machine['torch'].partition('+')[0]}, "
+        "heads 32/8, head_dim 128, bfloat16, causal: TFLOP/s per GPU, and in brackets the ratio to the same kernel on "
+        "one GPU in the same run, at the same FLOPs as one sequence, or for the packed batch on all of it."
+    )
+    return "\n".join([*textwrap.wrap(head, 120), "", markdown(rows), "", f"From {', '.join(dict.fromkeys(links))}."])
+
+
+SCHEMES = ("p2p", "all_gather", "a2a", "a2a+p2p")

@@ -69,6 +69,16 @@ ERRORS: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ("several sequences in one batch entry", "anyattn.attention(q[:1], q[:1], q[:1], packing=packing)"),
         ],
     ),
+    "ContextError": (
+        "The plan, the group or the scheme does not fit: make the plan as the message says, the same on every rank.",
+        [
+            ("heads that the ranks cannot share", "anyattn.ContextParallel((3, 0), 'a2a').plan(64, num_heads=4)"),
+            (
+                "a plan for another mask",
+                "anyattn.attention(q, q, q, window=(3, 0), plan=anyattn.ContextParallel((1, 0)).plan(16))",
+            ),
+        ],
+    ),
     "UnknownBackend": (
         "Use one of the names in the message. The name may also come from `use()` or from `ANYATTN_BACKEND`.",
         [
@@ -154,6 +164,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "matrix": backend_pages.matrix,
     "speed": figures.speed,
     "speed-summary": figures.speed_summary,
+    "context-figures": figures.context,
     "backends": partial(backend_pages.table_of_backends, ""),
     "sanitize": sanitize,
     "tree": tree,
