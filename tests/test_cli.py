@@ -537,11 +537,16 @@ _OPTIONS = {
         "--mask", "--dropout", "--grad", "--no-grad", "--deterministic", "--return-lse", "--on", "--assume",
         "--backend", "--json", "--help", "-h",
     },
+    "plan": {
+        "--lengths", "--ranks", "--gpu", "--hierarchical", "--gpus-per-node", "--network", "--heads", "--kv-heads",
+        "--head-dim", "--tokens", "--window", "--causal", "--no-causal", "--seed", "--placement", "--comm", "--json",
+        "--picture", "--help", "-h",
+    },
 }  # fmt: skip
 
 
 def test_commands_are_frozen() -> None:
-    assert _app.COMMANDS == ("demo", "doctor", "explain")
+    assert _app.COMMANDS == ("demo", "doctor", "explain", "plan")
 
 
 @pytest.mark.parametrize("name", sorted(_OPTIONS))

@@ -20,7 +20,7 @@ def demo(
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens per step, at least.")] = 3072,
     rank_steps: Annotated[
         int, typer.Option(metavar="N", help="Of these steps, how many at most are trained on two ranks too; 0: none.")
-    ] = 60,
+    ] = 30,
     seed: Annotated[int, typer.Option(metavar="N", help="Chooses weights and documents.")] = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(metavar="NAME", help="float32, or bfloat16 by autocast.")] = "float32",
@@ -28,9 +28,11 @@ def demo(
     """Train a small Llama on packed documents through anyattn, beside one document at a time through eager attention.
 
     The packed training is repeated on two ranks, each batch divided between them by context parallelism: two processes
-    on the CPU, or two GPUs. Documents are docstrings and sources of Python's standard library, with padding between them where they are packed.
+    on the CPU, or two GPUs. Documents are docstrings and sources of Python's standard library, with padding between
+    them where they are packed.
 
-    Exit status: 0 if all losses are the same but for rounding, 1 if not, or if a rank failed, 2 if an argument makes no sense.
+    Exit status: 0 if all losses are the same but for rounding, 1 if not or if a rank failed, 2 if an argument makes
+    no sense.
     """
     missing = [name for name in ("transformers", "matplotlib") if not module_exists(name)]
     if missing:

@@ -1,0 +1,338 @@
+"""``anyattn plan``: what context parallelism would cost for a batch, on machines that are not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from anyattn._context import _explain as words
+from anyattn._context import _simulate
+from anyattn._context._data import Entry, Shape, Stage
+from anyattn._context._gpu import GPUS
+from anyattn._context._parallel import PLACEMENTS
+from anyattn._context._plan_data import PlanData
+from anyattn._context._simulate import Batch, Machine, Scheme, Simulation
+from anyattn._context._topology import COMMS
+from anyattn._environment import module_exists
+from anyattn._errors import InvalidArgument, MissingExtra
+from anyattn.cli import _render
+from anyattn.cli._explain import _pair, _window
+
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_GRID = (24, 72)
+_MOST_CALLS = 12
+_MOST_ENTRIES = 4
+
+# --- reading ---
+
+
+def _batch(
+    lengths: str, tokens: str | None, seed: int, heads: str, kv_heads: str | None, head_dim: str, causal: bool,
+    window: str | None, placement: str,
+) -> Batch:  # fmt: skip
+    total = None if tokens is None else _simulate.size_of(tokens, "--tokens")
+    found = _simulate.lengths_of(lengths, total, seed)
+    if placement not in PLACEMENTS:
+        raise InvalidArgument(f"--placement must be one of {', '.join(PLACEMENTS)}; got {placement!r}")
+    query, key = _pair("--heads", heads, "N or N/KV, like 32 or 32/8")
+    if kv_heads is not None:
+        if "/" in heads:
+            raise InvalidArgument(f"--heads {heads} says the kv heads already: leave --kv-heads out")
+        key = _simulate.size_of(kv_heads, "--kv-heads")
+    shape = Shape(query, key, *_pair("--head-dim", head_dim, "D or D/DV, like 128 or 192/128"))
+    if min(query, key, shape.head_dim, shape.head_dim_v) < 1 or query % key:
+        raise InvalidArgument(
+            f"heads and head dims must be >= 1, and heads a multiple of kv heads; got {query}/{key} heads of dim "
+            f"{head_dim}"
+        )
+    return Batch(found, causal, _window(window), shape, placement)
+
+
+def _machine(ranks: str, gpu: str, per_node: str, network: str | None, hierarchical: bool) -> Machine:
+    count, per_host = _simulate.size_of(ranks, "--ranks"), _simulate.size_of(per_node, "--gpus-per-node")
+    if gpu not in GPUS:
+        raise InvalidArgument(f"--gpu must be one of {', '.join(GPUS)}; got {gpu!r}")
+    if not 1 <= count <= 65536 or per_host < 1:
+        raise InvalidArgument(f"--ranks must be 1 to 65536 and --gpus-per-node >= 1, got {ranks} and {per_node}")
+    machine = Machine(count, GPUS[gpu], per_host, hierarchical=hierarchical)
+    if network is None:
+        return machine
+    try:
+        rate = float(network) * 1e9
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise InvalidArgument(f"--network must be a number > 0, in GB per second and GPU; got {network!r}")
+    if not machine.several_hosts:
+        raise InvalidArgument(f"--network goes with several hosts: {count} ranks fit one of --gpus-per-node {per_host}")
+    return dataclasses.replace(machine, network=rate)
+
+
+# --- saying it ---
+
+
+def _schemes(found: Simulation, batch: Batch) -> Any:
+    head = (
+        "scheme", "imbalance", "received forward", "backward", "predicted forward", "backward", "tokens/s",
+        "of perfect", "calls", "",
+    )  # fmt: skip
+    rows: list[tuple[str, ...]] = []
+    for comm, scheme in found.schemes.items():
+        cost = scheme.estimate
+        rows.append(
+            (
+                comm,
+                f"{scheme.plan.imbalance:.3f}",
+                words.mib(cost.bytes_forward),
+                words.mib(cost.bytes_backward),
+                words.ms(cost.forward),
+                words.ms(cost.backward),
+                f"{_pace(batch, scheme):,.0f}",
+                f"{found.share(comm):.2f}",
+                str(cost.calls),
+                "chosen" if comm == found.chosen else "",
+            )
+        )
+    return _render.table(head, rows)
+
+
+def _pace(batch: Batch, scheme: Scheme) -> float:
+    """Tokens per second through one layer's attention, forward and backward."""
+    taken = scheme.estimate.forward + scheme.estimate.backward
+    return sum(batch.lengths) / taken if taken else 0.0
+
+
+def _said(batch: Batch, machine: Machine, seed: int) -> list[str]:
+    shape, lengths = batch.shape, batch.lengths
+    total = sum(lengths)
+    mask = words.mask_words(batch.mask)
+    lines = [
+        f"{len(lengths):,} sequences, {total:,} tokens (longest {max(lengths, default=0):,}, seed {seed}), {mask}, "
+        f"heads {shape.num_heads}/{shape.num_kv_heads}, head_dim {shape.head_dim}/{shape.head_dim_v}, placement "
+        f"{batch.placement}, on {machine.ranks} x {machine.gpu.name}.",
+    ]
+    if machine.several_hosts:
+        lines.append(
+            f"{machine.per_host} GPUs a host. Between hosts a GPU receives {machine.network / 1e9:g} GB/s: given by "
+            "--network, else assumed (400 Gbit/s), not measured. What crosses hosts in part counts as crossing whole."
+        )
+    return lines
+
+
+def _notes(found: Simulation, machine: Machine) -> list[str]:
+    scheme = found.schemes[found.chosen]
+    lines = [
+        "Exact, from the plans: imbalance and rows of all ranks; calls, pairs and bytes of the rank shown below, from "
+        f"its own stages. Estimated: seconds, and calls and bytes of the others. Figures of {machine.gpu.name}: "
+        f"{machine.gpu.source}.",
+        "Predicted is one layer's attention. Of perfect: one GPU's predicted time for the whole batch, divided by the "
+        "ranks, over this.",
+    ]
+    if found.auto and found.auto != found.chosen:
+        lines.append(
+            f"ContextParallel(comm='auto') takes {found.auto}: it decides by the figures of h200 within one host. Pass "
+            f"comm={found.chosen!r} to have {found.chosen}."
+        )
+    if scheme.plan.imbalance > 1.05 and found.schemes[found.chosen].plan._data.placement != "auto":
+        lines.append("placement='auto' levels work and tokens.")
+    return lines
+
+
+def _entries(data: PlanData) -> list[Any]:
+    """Which queries meet which keys: coarse, over all ranks, where a digit can name a rank."""
+    if data.topology.world > len(_DIGITS):
+        return []
+    picture = _simulate.sampled(data, *_GRID)
+    if not picture:
+        return []
+    lines: list[Any] = [
+        _render.heading(f"{data.comm}: who meets whom"),
+        "A row is a part of the queries, in order, labelled by its rank; a column a part of the keys. A cell names the "
+        "rank that the keys come from; blank: not seen.",
+        "",
+    ]
+    for rank, cells in picture:
+        line = Text(f"{_DIGITS[rank]} |")
+        for cell in cells:
+            line.append(" " if cell is None else _DIGITS[cell], style="bold green" if cell == rank else "dim")
+        lines.append(line)
+    return [*lines, ""]
+
+
+def _busiest(scheme: Scheme) -> list[Any]:
+    """The entries of the busiest rank, stage by stage."""
+    data, facts = scheme.plan._data, scheme.busiest
+    stages = data.stages_of(facts.rank, alibi=False).stages
+    rows: list[tuple[str, ...]] = []
+    for number, stage in enumerate(stages):
+        for call in stage.calls:
+            entries = [f"{words.letter(d)}: {_entry(e)}" for d, e in zip(call.documents, call.entries, strict=True)]
+            more = f" +{len(entries) - _MOST_ENTRIES} more" if len(entries) > _MOST_ENTRIES else ""
+            sides = "/".join("-" if side is None else str(side) for side in (call.left, call.right))
+            rows.append((str(number), _arriving(stage), sides, ", ".join(entries[:_MOST_ENTRIES]) + more))
+    shown = rows[:_MOST_CALLS]
+    if len(rows) > len(shown):
+        shown.append(("...", f"{len(rows) - len(shown)} more", "", ""))
+    head = ("stage", "key rows", "window", "entries: query rows x key rows of the stage, bottom-right")
+    return [
+        _render.heading(f"{data.comm}: rank {facts.rank}, the busiest"),
+        f"{facts.tokens:,} tokens, {facts.pairs:,} pairs, {facts.calls} kernel calls in {facts.stages} stages, "
+        f"receives {words.mib(facts.bytes_forward)} forward and {words.mib(facts.bytes_backward)} backward.",
+        "",
+        _render.table(head, shown),
+        "",
+    ]
+
+
+def _arriving(stage: Stage) -> str:
+    if stage.local:
+        return "own"
+    sources = [rank for rank, count in enumerate(stage.receive) if count]
+    names = ", ".join(map(str, sources[:3])) + (" ..." if len(sources) > 3 else "")
+    return f"{stage.rows:,} from {names}" if sources else "none"
+
+
+def _entry(entry: Entry) -> str:
+    q, n, k, m = entry
+    return f"{q}:{q + n} x {k}:{k + m}"
+
+
+def _report(found: Simulation, batch: Batch, machine: Machine, seed: int) -> None:
+    scheme = found.schemes[found.chosen]
+    data = scheme.plan._data
+    owners: list[Any] = [
+        _render.heading(f"{found.chosen}: who owns what"),
+        f"{data.queries.rows:,} rows a rank. Columns are the tokens of the batch, a letter marks a document's; then "
+        "the ranges.",
+        "",
+        *(Text(line) for line in words.owners(data.queries)),
+        "",
+    ]
+    _render.show(
+        *_said(batch, machine, seed),
+        "",
+        _schemes(found, batch),
+        *(f"{comm} cannot: {why}" for comm, why in found.refused.items()),
+        "",
+        *_notes(found, machine),
+        "",
+        *owners,
+        *_entries(data),
+        *_busiest(scheme),
+    )
+
+
+def _data(found: Simulation, batch: Batch, machine: Machine, seed: int) -> dict[str, Any]:
+    """What --json writes."""
+    schemes = {
+        comm: {
+            "rows": scheme.plan.rows,
+            "imbalance": scheme.plan.imbalance,
+            "bytes_moved": scheme.plan.bytes_moved,
+            "tokens_per_second": _pace(batch, scheme),
+            "of_perfect": found.share(comm),
+            "estimate": dataclasses.asdict(scheme.estimate),
+            "busiest_rank": scheme.busiest._asdict(),
+            "pieces": _pieces(scheme),
+        }
+        for comm, scheme in found.schemes.items()
+    }
+    return {
+        "batch": dataclasses.asdict(batch),
+        "seed": seed,
+        "machine": dataclasses.asdict(machine),
+        "chosen": found.chosen,
+        "auto": found.auto or None,
+        "refused": dict(found.refused),
+        "schemes": schemes,
+    }
+
+
+def _pieces(scheme: Scheme) -> list[list[list[int]]]:
+    """By rank: [document, begin, end, row]."""
+    return [[list(piece) for piece in own] for own in scheme.plan._data.queries.pieces]
+
+
+def _write(target: str, data: dict[str, Any]) -> None:
+    if target == "-":
+        _render.show_json(data)
+        return
+    _checked_folder("--json", Path(target))
+    Path(target).write_text(json.dumps(data) + "\n", encoding="utf-8")
+
+
+def _checked_folder(option: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InvalidArgument(f"{option} {path}: there is no folder {path.parent}")
+
+
+def _draw(target: Path, found: Simulation) -> None:
+    if target.suffix not in (".svg", ".png"):
+        raise InvalidArgument(f"--picture must end in .svg or .png, got {target}")
+    _checked_folder("--picture", target)
+    if not module_exists("matplotlib"):
+        raise MissingExtra("anyattn plan --picture", "cli,plot", "matplotlib")
+    from anyattn.cli import _plan_picture
+
+    _plan_picture.draw(target, found.schemes[found.chosen].plan._data)
+
+
+_what = partial(typer.Option, rich_help_panel="The batch")
+_where = partial(typer.Option, rich_help_panel="The machine")
+_output = partial(typer.Option, rich_help_panel="Output")
+
+
+def plan(
+    lengths: Annotated[
+        str,
+        _what(metavar="FILE or WORDS", help="64k, 4x16k, 8k,3x2k, lognormal:mean=2k,longest=16k,total=64k or a file."),
+    ],
+    ranks: Annotated[str, _where(metavar="N", help="GPUs that share the batch.")],
+    gpu: Annotated[str, _where(metavar="NAME", help=f"One of {', '.join(GPUS)}.")] = "h200",
+    hierarchical: Annotated[
+        bool, _where("--hierarchical", help="Two dims: heads within a host, the sequence over hosts (a2a+p2p).")
+    ] = False,
+    gpus_per_node: Annotated[str, _where(metavar="N", help="GPUs of a host.")] = "8",
+    network: Annotated[
+        str | None,
+        _where(metavar="GB/S", show_default="50, assumed", help="What a GPU receives per second from other hosts."),
+    ] = None,
+    heads: Annotated[str, _what(metavar="N or N/KV", help="Heads, and kv heads where fewer: 32/8.")] = "32/8",
+    kv_heads: Annotated[str | None, _what(metavar="N", help="Kv heads, where --heads is one number.")] = None,
+    head_dim: Annotated[str, _what(metavar="D or D/DV", help="head_dim, and head_dim_v where it differs.")] = "128",
+    tokens: Annotated[
+        str | None, _what(metavar="N", help="Repeat the lengths, or draw, up to so many tokens; the last one is cut.")
+    ] = None,
+    window: Annotated[
+        str | None, _what(metavar="LEFT,RIGHT", help="Keys visible on either side, ints or none: 4095,0.")
+    ] = None,
+    causal: Annotated[bool, _what("--causal/--no-causal", help="No key after the query's own position.")] = True,
+    seed: Annotated[int, _what(metavar="N", help="Of lengths that are drawn.")] = 0,
+    placement: Annotated[str, _what(metavar="NAME", help=f"One of {', '.join(PLACEMENTS)}.")] = "auto",
+    comm: Annotated[
+        str, _what(metavar="NAME", help=f"One of auto (all are planned, the cheapest chosen), {', '.join(COMMS)}.")
+    ] = "auto",
+    json_to: Annotated[str | None, _output("--json", metavar="FILE", help="For machines; - instead of text.")] = None,
+    picture: Annotated[Path | None, _output(metavar="FILE", help="Owners, entries and work as .svg or .png.")] = None,
+) -> None:
+    """Plan a batch over ranks that are not here, and predict each scheme's cost. No GPU needed.
+
+    For example: anyattn plan --lengths lognormal:mean=2k,longest=16k,total=1m --ranks 64 --hierarchical
+
+    Exit status: 0, or 2 if the plan makes no sense.
+    """
+    batch = _batch(lengths, tokens, seed, heads, kv_heads, head_dim, causal, window, placement)
+    machine = _machine(ranks, gpu, gpus_per_node, network, hierarchical)
+    found = _simulate.simulate(batch, machine, comm)
+    if picture is not None:
+        _draw(picture, found)
+    if json_to is not None:
+        _write(json_to, _data(found, batch, machine, seed))
+    if json_to != "-":
+        _report(found, batch, machine, seed)

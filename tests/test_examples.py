@@ -1,0 +1,57 @@
+"""The examples run, and say the same on one rank and on several."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "context_parallel.py"
+LINE = re.compile(r"step +(\d+)  loss (\d+\.\d+) +[\d,]+ tokens/s  (\w+)")
+STEPS = 3
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
+)
+
+
+def start(ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
+    """The example on the CPU, as its own text says to start it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, str(EXAMPLE), *options], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def losses(ranks: int, *options: str) -> dict[str, list[float]]:
+    """What it prints: the losses, and the schemes that communicated."""
+    ended = start(ranks, "--steps", str(STEPS), *options)
+    assert ended.returncode == 0, ended.stderr
+    found = LINE.findall(ended.stdout)
+    assert [int(step) for step, _, _ in found] == list(range(1, STEPS + 1)), ended.stdout
+    return {"loss": [float(loss) for _, loss, _ in found], "comm": [comm for _, _, comm in found]}
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[float]:
+    found = losses(1)["loss"]
+    assert found[0] > found[-1] + 0.1, "it does not learn"
+    return found
+
+
+@pytest.mark.parametrize("options", [("--comm", "p2p"), ("--comm", "a2a"), ("--dp", "2")], ids=" ".join)
+def test_two_ranks_print_the_losses_of_one(alone, options):
+    found = losses(2, *options)
+    assert found["loss"] == pytest.approx(alone, abs=5e-5)  # five digits are printed
+    if options[0] == "--comm":
+        assert set(found["comm"]) == {options[1]}
+
+
+def test_it_says_how_to_start_it():
+    ended = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    assert "start it with torchrun --nproc-per-node N examples/context_parallel.py" in ended.stderr
