@@ -491,6 +491,7 @@ def test_a_cuda_graph_holds_both() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_device() -> None:
     """Not even with -1 in the table."""
     source, out, lse = (torch.randn(8, 2, 64, device="cuda") for _ in range(3))
