@@ -204,9 +204,10 @@ def attention(
 def _with_plan(t: Tensors, plan: Any, *options: Any) -> Any:
     """Over the ranks of a plan."""
     from anyattn._context import _door
+    from anyattn._context._checks import Asked
 
     run = _door.breaking if torch.compiler.is_compiling() else _door.attention
-    asked = _door.Asked(*options)
+    asked = Asked(*options)
     return run(t, asked._replace(window=as_tuple(asked.window), backend=as_tuple(asked.backend)), plan)
 
 
@@ -444,8 +445,9 @@ def explain(
     installed = None if on is None and assume is None else _select.assumed_world(assume, newest=on is not None)
     if plan is not None:
         from anyattn._context import _door
+        from anyattn._context._checks import Asked
 
-        asked = _door.Asked(causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
+        asked = Asked(causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
         return _door.explain(tensors, asked, plan, installed, arch)
     if packing is not None and getattr(packing, "_holes", None) is not None:  # attention() packs such a batch first
         swap = {"sbhd": (0, 1), "bhsd": (1, 2)}.get(layout or "", (0, 0))

@@ -1,10 +1,10 @@
-"""``attention(..., plan=...)``: checks, flattening, and what a plan keeps for the calls of its layers."""
+"""``attention(..., plan=...)``: agreement, flattening, and what a plan keeps for the calls of its layers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,42 +13,23 @@ from anyattn import _core, _environment, _select
 from anyattn._context import _cost, _kernel, _schedule, _tables
 from anyattn._context._agreement import OthersFailed
 from anyattn._context._attention import ContextAttention, Run
+from anyattn._context._checks import Asked, checked, request_of
 from anyattn._context._heads import HeadExchange, shares
 from anyattn._context._kernel import Options, Terms
-from anyattn._context._plan import ContextPlan, normal_mask
-from anyattn._context._plan_data import check_features
+from anyattn._context._plan import ContextPlan
 from anyattn._context._schedule import Job
 from anyattn._context._shards import check_not_captured
 from anyattn._context._tables import CallTables, Tables
-from anyattn._context._topology import Members
-from anyattn._errors import ContextError, DeviceError, ShapeError, Unsupported
+from anyattn._errors import ContextError, DeviceError
 from anyattn._explanation import Explanation
-from anyattn._packing import Packing
 from anyattn._request import (
     Request,
     Tensors,
     as_tuple,
     autocast_dtype,
-    describe,
     describe_optional,
-    is_block_mask,
     refuse_transforms,
 )
-from anyattn._validate import Sizes, validate
-
-
-class Asked(NamedTuple):
-    """The arguments of a call that are no tensors."""
-
-    causal: Any
-    window: Any
-    scale: Any
-    softcap: Any
-    dropout: Any
-    layout: Any
-    backend: Any
-    deterministic: Any
-    return_lse: bool
 
 
 def attention(t: Tensors, asked: Asked, plan: Any) -> Any:
@@ -60,7 +41,7 @@ def attention(t: Tensors, asked: Asked, plan: Any) -> Any:
     kind = _kind(t, asked, plan)
     if kind is None or kind not in plan._agreed:
         _agree(t, asked, plan, kind)
-    sizes = _checked(t, asked, plan)
+    sizes = checked(t, asked, plan)
     batch, seed = sizes.batch, _seed(asked, plan._data.rank)
     cast = autocast_dtype(t.q.device.type)
     q, k, v = (x.to(cast) if cast is not None and x.dtype == torch.float32 else x for x in (t.q, t.k, t.v))
@@ -84,7 +65,7 @@ def attention(t: Tensors, asked: Asked, plan: Any) -> Any:
 def _kind(t: Tensors, asked: Asked, plan: ContextPlan) -> Any:
     """What calls that are checked and agreed about together have in common; None where that cannot be told."""
     try:
-        kind = (_request(t, asked, plan), asked, describe_optional(t.bias, True), describe_optional(t.mask, True))
+        kind = (request_of(t, asked, plan), asked, describe_optional(t.bias, True), describe_optional(t.mask, True))
         hash(kind)
     except (TypeError, AttributeError, ContextError):
         return None
@@ -188,7 +169,7 @@ def explain(t: Tensors, asked: Asked, plan: Any, installed: Any, arch: int | Non
 
 def _requests(t: Tensors, asked: Asked, plan: ContextPlan) -> tuple[list[CallTables], list[Request]]:
     """This rank's kernel calls, and what each asks of the choice of a kernel; checked."""
-    sizes = _checked(t, asked, plan)
+    sizes = checked(t, asked, plan)
     if not sizes.batch:
         return [], []
     q, k, v = (_enter(x, sizes.layout) for x in (t.q, t.k, t.v))
@@ -299,133 +280,3 @@ def tables_of(plan: ContextPlan, device: torch.device, batch: int, *, alibi: boo
             data = plan._data.batched(batch)
             found = plan._tables[key] = _tables.build(data, device, alibi=alibi, dense=dense)
     return found
-
-
-# --- checks ---
-
-
-def _checked(t: Tensors, asked: Asked, plan: ContextPlan) -> Sizes:
-    """Sizes of this rank's shards.
-
-    Raises:
-        ContextError: arguments that are not the plan's, or that its scheme cannot do.
-        InvalidArgument: as ``anyattn.attention``.
-    """
-    _check_same(t, asked, plan)
-    if t.mask is not None and is_block_mask(t.mask):
-        raise Unsupported(
-            "a BlockMask speaks of the whole sequence, and this call of a part: pass mask= as a bool tensor of this "
-            "rank's queries by all keys, under comm='all_gather'"
-        )
-    if t.mask is not None and not isinstance(t.mask, Tensor):
-        raise ContextError(f"mask must be a bool tensor or None, got {type(t.mask).__name__}")
-    request = _request(t, asked, plan)
-    found = plan._checked.get(request) if t.bias is None and t.mask is None else None
-    if found is not None:
-        return found  # type: ignore[no-any-return]
-    sizes = validate(request)
-    features = {
-        name
-        for name, used in (
-            ("alibi", t.alibi_slopes is not None), ("bias", t.bias is not None), ("mask", t.mask is not None),
-        )
-        if used
-    }  # fmt: skip
-    check_features(plan._data, frozenset(features))
-    _check_sizes(t, sizes, plan)
-    if t.bias is None and t.mask is None:
-        plan._checked[request] = sizes
-    return sizes
-
-
-def _check_same(t: Tensors, asked: Asked, plan: ContextPlan) -> None:
-    """causal, window and packing are left out, or are the plan's."""
-    data = plan._data
-    equal = data.queries.lengths == data.keys.lengths
-    if asked.causal is not None or asked.window is not None:
-        causal = plan.causal if asked.causal is None else asked.causal
-        window = plan.window if asked.window is None else asked.window
-        if normal_mask(causal, window, equal) != data.mask:
-            raise ContextError(
-                f"the plan is for causal={plan.causal!r}, window={plan.window!r}; the call asks "
-                f"causal={asked.causal!r}, window={asked.window!r}: leave them out, or use plan.with_mask(...)"
-            )
-    for name, packing, lengths in (
-        ("packing", t.packing, data.queries.lengths),
-        ("packing_kv", t.packing_kv, data.keys.lengths),
-    ):
-        if packing is None or packing in plan._packings:
-            continue
-        if not isinstance(packing, Packing) or packing.host_lengths()[0] != lengths:
-            raise ContextError(f"{name} has other lengths than the plan: leave it out, or make the plan from it")
-        plan._packings.add(packing)
-
-
-def _request(t: Tensors, asked: Asked, plan: ContextPlan) -> Request:
-    """The call as any other, for the checks that every call gets; bias and mask are checked apart."""
-    q, k, v = t.q, t.k, t.v
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise ContextError(f"{name} must be a tensor, got {type(x).__name__}")
-    data = plan._data
-    packed = q.ndim == 3
-    sequences = len(data.queries.lengths)
-    rows = (sequences, 0, None, True, None, False, q.device, False)  # how many is checked apart
-    grad = torch.is_grad_enabled()
-    return Request(
-        describe(q, grad), describe(k, grad), describe(v, grad), None, None, asked.scale, asked.softcap,
-        describe_optional(t.sink, grad), describe_optional(t.alibi_slopes, grad), None, None, asked.dropout,
-        asked.layout, rows if packed else None, rows if packed else None, "any",
-        asked.backend, _select.default_preference(), asked.deterministic, torch.are_deterministic_algorithms_enabled(),
-        asked.return_lse, autocast_dtype(q.device.type), _environment.flash_override(),
-    )  # fmt: skip
-
-
-def _check_sizes(t: Tensors, sizes: Sizes, plan: ContextPlan) -> None:
-    data, members = plan._data, plan._members
-    entries = data.memory_q.entries
-    if (sizes.layout == "thd") == entries:
-        wanted = "4-D tensors (batch, rows, heads, dim)" if entries else "3-D tensors (rows, heads, dim)"
-        raise ShapeError(
-            f"the plan was made from {'a plain length' if entries else 'a Packing'} and takes {wanted}; q has shape "
-            f"{tuple(t.q.shape)}"
-        )
-    if (sizes.seq_q, sizes.seq_k) != (data.queries.rows, data.keys.rows):
-        raise ShapeError(
-            f"this rank's shards have {sizes.seq_q} query and {sizes.seq_k} key rows; the plan's have "
-            f"{data.queries.rows} and {data.keys.rows}: make them with plan.shard and plan.kv.shard"
-        )
-    if members is not None and members.groups is not None and t.q.device.type not in _kinds(members):
-        raise DeviceError(f"q is on {t.q.device}, and the plan's group connects {members.device.type} tensors")
-    given = zip(
-        ("num_heads", "num_kv_heads", "head_dim", "head_dim_v"), data.given,
-        (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.head_dim_v), strict=True,
-    )  # fmt: skip
-    for name, planned, got in given:
-        if planned is not None and planned != got:
-            raise ShapeError(f"the plan was made for {name}={planned}, the tensors have {got}")
-    if sizes.num_heads % data.topology.heads:
-        raise ShapeError(
-            f"{sizes.num_heads} query heads do not divide over the {data.topology.heads} ranks that share heads under "
-            f"comm={data.comm!r}: use comm='p2p' or 'all_gather', or as many ranks as divide them"
-        )
-    for name, x in (("bias", t.bias), ("mask", t.mask)):
-        if isinstance(x, Tensor):
-            _check_term(name, x, sizes, data.keys.lengths[0])
-
-
-def _kinds(members: Members) -> set[str]:
-    """Of devices whose tensors a group carries; explain() has none."""
-    assert members.groups is not None
-    return {"meta", members.device.type, *(device.type for device in members.groups[0]._device_types)}
-
-
-def _check_term(name: str, x: Tensor, sizes: Sizes, keys: int) -> None:
-    full = (sizes.batch, sizes.num_heads, sizes.seq_q, keys)
-    shape = (1,) * (4 - x.ndim) + tuple(x.shape)
-    if len(shape) != 4 or any(a not in (1, b) for a, b in zip(shape, full, strict=True)):
-        raise ShapeError(
-            f"{name} must broadcast to (batch, num_heads, this rank's rows, all keys) = {full}, got {tuple(x.shape)}"
-        )
-    if name == "mask" and x.dtype != torch.bool:
-        raise ContextError(f"mask must be bool, True meaning attend, got {x.dtype}: additive masks go to bias=")

@@ -15,6 +15,7 @@ from torch import Tensor
 from anyattn._context import _geometry
 from anyattn._context._data import Capacity, Entry, KernelCall, Layout, Piece, RankPlan, Run, Stage
 from anyattn._context._plan_data import PlanData
+from anyattn._context._upload import Upload
 from anyattn._packing import Packing
 
 
@@ -106,7 +107,7 @@ def build(data: PlanData, device: torch.device, *, alibi: bool, dense: bool) -> 
     plan = data.alibi_stages if alibi else data.stages
     queries, keys = data.inner
     rows_q, rows_k = queries.rows, keys.rows
-    up = _Upload()
+    up = Upload()
     direct = _is_direct(plan) and not dense
     place = data.rank // data.topology.heads
     frame = _Frame(
@@ -137,7 +138,8 @@ def build(data: PlanData, device: torch.device, *, alibi: bool, dense: bool) -> 
         None if order_q is None else (up.add(order_q[0]), up.add(order_q[1])),
         None if order_k is None else (up.add(order_k[0]), up.add(order_k[1])),
     )
-    return up.moved(made, device)
+    made, tensors = up.moved(made, device)
+    return replace(made, tensors=tensors)
 
 
 def refill(tables: Tables, other: Tables) -> None:
@@ -180,7 +182,7 @@ class _Frame:
         return fresh
 
 
-def _stage(stage: Stage, frame: _Frame, up: _Upload) -> StageTables:
+def _stage(stage: Stage, frame: _Frame, up: Upload) -> StageTables:
     calls = stage.calls
     if frame.dense:
         calls = tuple(KernelCall(c.left, c.right, (e,), (d,)) for c in calls for e, d in _entries(c))
@@ -215,7 +217,7 @@ def _entries(call: KernelCall) -> Iterable[tuple[Any, int]]:
     return zip(call.entries, call.documents, strict=True)
 
 
-def _call(call: KernelCall, frame: _Frame, rows_k: int, up: _Upload) -> CallTables:
+def _call(call: KernelCall, frame: _Frame, rows_k: int, up: Upload) -> CallTables:
     rows_q, sanitize, capacity = frame.rows_q, frame.data.sanitize, frame.data.capacity
     q, k = (0, rows_q), (0, rows_k)
     if not (frame.direct or capacity):
@@ -352,59 +354,3 @@ def _order(runs: Sequence[Run] | None, rows: int) -> tuple[Tensor, Tensor] | Non
     back = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
     back[found.long()] = torch.arange(found.numel(), dtype=torch.int32, device="cpu")
     return into[:, None].contiguous(), back[:, None].contiguous()
-
-
-# --- to the device ---
-
-
-class _Upload:
-    """Collects int32 tensors, and moves them in one copy that nobody waits for."""
-
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
-
-    def add(self, x: Tensor) -> Tensor:
-        """Remember a tensor."""
-        assert x.dtype == torch.int32
-        self._tensors.append(x)
-        return x
-
-    def packing(self, packing: Packing) -> Packing:
-        """Remember a packing's tensors."""
-        packing._with(self.add)
-        return packing
-
-    def moved(self, tables: Tables, device: torch.device) -> Tables:
-        """The tables with everything in them on the device."""
-        if device.type == "cpu":
-            return replace(tables, tensors=tuple(self._tensors))
-        places, total = [], 0
-        for x in self._tensors:
-            places.append(total)
-            total += -(-x.numel() // 4) * 4  # kernels read some of them in vectors
-        blob = torch.zeros(total, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-        for x, place in zip(self._tensors, places, strict=True):
-            blob[place : place + x.numel()] = x.flatten()
-        there = blob.to(device, non_blocking=True)
-        views = {
-            id(x): there[place : place + x.numel()].view(x.shape)
-            for x, place in zip(self._tensors, places, strict=True)
-        }
-        moved: Tables = _map(tables, views, {})
-        return replace(moved, tensors=(there,))
-
-
-def _map(value: Any, views: dict[int, Tensor], packings: dict[int, Packing]) -> Any:
-    """A structure with its tensors replaced; one packing stays one."""
-    if isinstance(value, Tensor):
-        return views.get(id(value), value)
-    if isinstance(value, Packing):
-        if id(value) not in packings:
-            packings[id(value)] = value._with(lambda t: views[id(t)])
-        return packings[id(value)]
-    if isinstance(value, (Tables, StageTables, CallTables)):
-        names = type(value).__dataclass_fields__
-        return type(value)(**{name: _map(getattr(value, name), views, packings) for name in names})
-    if type(value) is tuple:
-        return tuple(_map(v, views, packings) for v in value)
-    return value
