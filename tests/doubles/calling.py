@@ -9,6 +9,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ PLAIN_NAMES = {
 }  # fmt: skip
 
 
+@cache
+def _literal(text: str) -> Any:
+    """A default's value. Kept: Python 3.11 may fail to parse in several threads at once."""
+    return ast.literal_eval(text)
+
+
 def plain_name(name: str) -> str:
     """One name for an argument: "alibi_slopes_" and "alibi_slopes" are the same."""
     name = name.removesuffix("_")
@@ -33,7 +40,7 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Arguments)
     """Arguments by their plain names, defaults among them. Raises TypeError as the function would."""
     given = signature.bind(*args, **kwargs).arguments
     defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not inspect.Parameter.empty}
-    found = {n: ast.literal_eval(text) for n, text in defaults.items()} | given
+    found = {n: _literal(text) for n, text in defaults.items()} | given
     return {plain_name(n): x for n, x in found.items()}
 
 
@@ -42,7 +49,7 @@ def evaluated(signature: inspect.Signature) -> inspect.Signature:
     made = []
     for parameter in signature.parameters.values():
         default = parameter.default
-        made.append(parameter if default is parameter.empty else parameter.replace(default=ast.literal_eval(default)))
+        made.append(parameter if default is parameter.empty else parameter.replace(default=_literal(default)))
     return signature.replace(parameters=made)
 
 

@@ -7,6 +7,7 @@ otherwise wait in a collective for data that never comes, or read other data tha
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -59,7 +60,7 @@ class OthersFailed(ContextError):
         self.ranks = ranks
 
 
-def check(data: PlanData, members: Members, call: object, failure: Exception | None) -> None:
+def check(data: PlanData, members: Members, call: Mapping[str, object], failure: Exception | None) -> None:
     """Compare a plan and a call on all ranks, and hear whether all can go on; a collective call on the host.
 
     Raises:
@@ -71,7 +72,8 @@ def check(data: PlanData, members: Members, call: object, failure: Exception | N
             raise failure
         return
     group = side_group(members)
-    mine = data.fingerprint() | {"the call (shapes, dtypes, gradients, options)": 0 if failure else number(call)}
+    plan = data.fingerprint()
+    mine = plan | {name: 0 if failure else number(value) for name, value in call.items()}
     numbers = torch.tensor([*mine.values(), failure is not None], dtype=torch.int64, device="cpu")
     found = [torch.empty_like(numbers) for _ in range(members.world)]
     try:
@@ -92,14 +94,28 @@ def check(data: PlanData, members: Members, call: object, failure: Exception | N
         )
     if (everyone == everyone[0]).all():
         return
-    lines = []
-    for column, name in enumerate(mine):
-        values = everyone[:, column].tolist()
-        usual = max(set(values), key=values.count)
-        if len(set(values)) > 1:
-            others = [rank for rank, value in enumerate(values) if value != usual]
-            lines.append(f"{name} (on ranks {', '.join(map(str, others))})")
-    raise ContextError(
-        f"the ranks of the group hold different plans, which differ in {'; '.join(lines)}: "
-        "make the plan from the same lengths and arguments on every rank"
+    lines = [_line(name, everyone[:, i].tolist()) for i, name in enumerate(mine)]
+    plans, calls = (
+        "; ".join(line for line, name in zip(lines, mine, strict=True) if line and (name in plan) == of_plan)
+        for of_plan in (True, False)
     )
+    if plans:
+        raise ContextError(
+            f"the ranks of the group hold different plans, which differ in {plans}: make the plan from the same "
+            "lengths and arguments on every rank"
+        )
+    raise ContextError(
+        f"the ranks of the group make different calls, which differ in {calls}: call with tensors of one kind and the "
+        "same arguments on every rank"
+    )
+
+
+def _line(name: str, values: list[int]) -> str:
+    """A field in which ranks differ, with those that hold the same; empty if none does."""
+    found: dict[int, list[int]] = {}
+    for rank, value in enumerate(values):
+        found.setdefault(value, []).append(rank)
+    if len(found) == 1:
+        return ""
+    groups = sorted(found.values(), key=len)
+    return f"{name} (ranks {' against '.join(', '.join(map(str, ranks)) for ranks in groups)})"

@@ -37,7 +37,7 @@ def attention(t: Tensors, asked: Asked, plan: Any) -> Any:
     refuse_transforms()
     if not isinstance(plan, ContextPlan):
         raise ContextError(f"plan must be a ContextPlan, got {type(plan).__name__}: make one with ContextParallel.plan")
-    plan.connected()
+    plan._connected()
     kind = _kind(t, asked, plan)
     if kind is None or kind not in plan._agreed:
         _agree(t, asked, plan, kind)
@@ -88,19 +88,22 @@ def _agree(t: Tensors, asked: Asked, plan: ContextPlan, kind: Any) -> None:
     except Exception as error:  # whatever it is, the others must hear of it
         failure = error
     try:
-        plan.agree(kind, _alike(t, asked), failure)
+        plan._agree_on(kind, _alike(t, asked), failure)
     except OthersFailed as others:
         _fail_alike(t, asked, plan, others)
 
 
-def _alike(t: Tensors, asked: Asked) -> object:
-    """What must be alike on all ranks: all but devices and data."""
-    tensors = (t.q, t.k, t.v, t.sink, t.alibi_slopes, t.bias, t.mask)
-    described = [
-        (tuple(x.shape), str(x.dtype), x.requires_grad and torch.is_grad_enabled()) if isinstance(x, Tensor) else None
-        for x in tensors
-    ]
-    return described, asked, autocast_dtype(t.q.device.type) if isinstance(t.q, Tensor) else None
+def _alike(t: Tensors, asked: Asked) -> dict[str, object]:
+    """What must be alike on all ranks, by name: all but devices and data."""
+    tensors = [x if isinstance(x, Tensor) else None for x in (t.q, t.k, t.v, t.sink, t.alibi_slopes, t.bias, t.mask)]
+    grad = torch.is_grad_enabled()
+    found: dict[str, object] = {
+        "shapes": [None if x is None else tuple(x.shape) for x in tensors],
+        "dtypes": [None if x is None else str(x.dtype) for x in tensors],
+        "requires_grad": [x is not None and grad and x.requires_grad for x in tensors],
+        "autocast": str(autocast_dtype(t.q.device.type)) if isinstance(t.q, Tensor) else None,
+    }
+    return found | asked._asdict()
 
 
 def _fail_alike(t: Tensors, asked: Asked, plan: ContextPlan, others: OthersFailed) -> None:
@@ -108,7 +111,7 @@ def _fail_alike(t: Tensors, asked: Asked, plan: ContextPlan, others: OthersFaile
     there = ContextPlan(replace(plan._data, rank=others.ranks[0]), plan._members)
     for request in _requests(t, asked, there)[1]:
         _kernel.prepared(request)
-    raise others
+    raise ContextError(str(others)) from None
 
 
 @torch._dynamo.disable(  # type: ignore[untyped-decorator]
@@ -245,7 +248,7 @@ LEAST = 4e-4
 
 def _seconds(plan: ContextPlan, batch: int, q: Tensor, v: Tensor) -> float:
     """Roughly, of a rank's forward; the same on all ranks."""
-    flops = 2 * plan.mean_area * batch * q.shape[2] * (q.shape[-1] + v.shape[-1])
+    flops = 2 * plan._mean_area * batch * q.shape[2] * (q.shape[-1] + v.shape[-1])
     return flops / _cost.default_gpu().forward
 
 
@@ -257,7 +260,7 @@ def _groups(plan: ContextPlan, batch: int, q: Tensor, k: Tensor, v: Tensor) -> i
     data = plan._data
     if data.topology.sequence == 1 or data.mask.left is not None:
         return 1
-    share = plan.travelling * _seconds(plan, batch, q, v)
+    share = plan._travelling * _seconds(plan, batch, q, v)
     stages = data.topology.sequence if data.is_ring else 1
     return gcd(k.shape[2], 4 if share > 8 * LEAST * stages * 4 else 2 if share > 4 * LEAST * stages else 1)
 

@@ -145,7 +145,7 @@ class ContextParallel:
         return ContextPlan(data, self._members)
 
     def bind(self, plan: ContextPlan) -> ContextPlan:
-        """Give a plan made elsewhere (in a data-loader worker) this group.
+        """Give a plan made elsewhere (in a data-loader worker) this group. Its scheme is the one it was made for.
 
         Raises:
             ContextError: the plan is for another rank, or for another number of ranks.
@@ -163,7 +163,7 @@ class ContextParallel:
                 f"the plan is for {data.topology.sequence} x {data.topology.heads} ranks along sequence and heads, and "
                 f"the mesh has shape {self._members.shape}: make it for that shape"
             )
-        return plan.bind(self._members)
+        return plan._bound(self._members)
 
     def _choose(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,7 @@ class ContextPlan(Shards):
         check_features(data, frozenset(data.features))
         return ContextPlan(data, self._members)
 
-    def bind(self, members: Members) -> ContextPlan:
+    def _bound(self, members: Members) -> ContextPlan:
         """The plan connected to a group; see :meth:`ContextParallel.bind`."""
         return ContextPlan(self._data, members)
 
@@ -153,12 +154,12 @@ class ContextPlan(Shards):
     # --- for the package ---
 
     @property
-    def mean_area(self) -> float:
+    def _mean_area(self) -> float:
         """Visible pairs per rank and head, on average."""
         return self._areas[0]
 
     @property
-    def travelling(self) -> float:
+    def _travelling(self) -> float:
         """The part of them that belongs to documents on several ranks."""
         return self._areas[1]
 
@@ -166,7 +167,7 @@ class ContextPlan(Shards):
     def _areas(self) -> tuple[float, float]:
         return self._data.mean_area()
 
-    def take(self, data: PlanData) -> None:
+    def _become(self, data: PlanData) -> None:
         """Become the plan of another batch of the same capacity, in place."""
         self._data = data
         self._agreed.clear()
@@ -176,9 +177,11 @@ class ContextPlan(Shards):
             made = _tables.build(data.batched(batch), device, alibi=alibi, dense=dense)
             _tables.refill(tables, made)
         if self._members is not None and self._members.groups is not None:
-            self.agree()
+            self._agree_on()
 
-    def agree(self, kind: Any = None, call: object = None, failure: Exception | None = None) -> None:
+    def _agree_on(
+        self, kind: Any = None, call: Mapping[str, object] | None = None, failure: Exception | None = None
+    ) -> None:
         """Compare with the other ranks, once for every kind of call, before anything travels.
 
         Args:
@@ -190,12 +193,12 @@ class ContextPlan(Shards):
             ContextError: on every rank, where plans differ or another rank cannot run the call.
             Exception: the failure.
         """
-        _agreement.check(self._data, self.connected(), call, failure)
+        _agreement.check(self._data, self._connected(), call or {}, failure)
         self._agreed |= {kind, None}
 
     def _agree(self) -> None:
         if None not in self._agreed:
-            self.agree()
+            self._agree_on()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self._data}

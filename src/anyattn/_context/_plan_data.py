@@ -197,13 +197,13 @@ def check_features(data: PlanData, features: frozenset[str]) -> None:
     """
     if features & {"bias", "mask"}:
         name = "bias" if "bias" in features else "mask"
-        if data.comm != "all_gather":
-            raise ContextError(f"{name} under comm={data.comm!r}: {_ONLY_GATHER}")
         if not data.memory_q.entries:
             raise ContextError(
                 f"a tensor {name} goes with 4-D tensors, whose plan is made from a plain length: this plan was made "
-                "from a Packing"
+                "from a Packing, under which documents are told apart already"
             )
+        if data.comm != "all_gather":
+            raise ContextError(f"{name} under comm={data.comm!r}: {_ONLY_GATHER}")
     if "alibi" in features and data.mask.top_left and _queries_are_longer(data):
         raise ContextError(
             "ALiBi with causal='top_left' and more queries than keys: the last queries stand beyond all keys, "

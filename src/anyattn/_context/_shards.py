@@ -80,7 +80,7 @@ class Shards:
             ShapeError: dim has another size.
         """
         dim = self._dim(x, dim)
-        self.connected()
+        self._connected()
         self._agree()
         if x.shape[dim] != self.rows:
             raise ShapeError(
@@ -93,7 +93,7 @@ class Shards:
     def _agree(self) -> None:
         """Compare with the other ranks; a plan does."""
 
-    def connected(self) -> Members:
+    def _connected(self) -> Members:
         """Who the other ranks are.
 
         Raises:
@@ -152,15 +152,15 @@ class Shards:
                 index[first + begin : first + end] = torch.arange(at, at + end - begin, device="cpu")
         return index
 
-    def gathered(self, x: Tensor, dim: int, fill: float) -> Tensor:
+    def _gathered(self, x: Tensor, dim: int, fill: float) -> Tensor:
         """What unshard returns."""
-        members = self.connected()
+        members = self._connected()
         rows = x.movedim(dim, 0)
         if members.groups is not None:
             rows = gather_rows(members.groups[::-1], rows)
         return _take(rows, 0, self._index("whole", x.device), fill).movedim(0, dim)
 
-    def own_rows(self, device: torch.device) -> Tensor:
+    def _own_rows(self, device: torch.device) -> Tensor:
         """int64 (rows,): where this rank's rows lie in memory; -1 for those without a token."""
         return self._index("mine", device)
 
@@ -170,8 +170,8 @@ class _Unshard(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shards: Shards, dim: int, fill: float) -> Tensor:
         ctx.dim = dim
         # Saved, so that refilling the plan before backward is an error and not a wrong gradient.
-        ctx.save_for_backward(shards.own_rows(x.device))
-        return shards.gathered(x, dim, fill)
+        ctx.save_for_backward(shards._own_rows(x.device))
+        return shards._gathered(x, dim, fill)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

@@ -162,4 +162,4 @@ def refill(plan: ContextPlan, other: ContextPlan) -> None:
             f"copy_: shards have {theirs.queries.rows} rows of {theirs.memory_q.rows}, this plan's "
             f"{mine.queries.rows} of {mine.memory_q.rows}"
         )
-    plan.take(theirs)
+    plan._become(theirs)

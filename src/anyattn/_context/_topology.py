@@ -119,10 +119,13 @@ def _of_mesh(mesh: DeviceMesh) -> Members:
 
 def _two_dims(names: tuple[str, ...] | None) -> list[int]:
     """Which dims are p2p and a2a."""
-    if names is None or set(names) != {"p2p", "a2a"}:
-        if names is not None and {"p2p", "a2a"} & set(names):
-            raise ContextError(f"name both dims of the mesh, 'p2p' and 'a2a', or neither; got {names}")
+    if names is None:
         return [0, 1]
+    if set(names) != {"p2p", "a2a"}:
+        raise ContextError(
+            f"the mesh has dims {names}; a2a+p2p takes two, named 'p2p' and 'a2a' or unnamed in that order: for other "
+            f"schemes pass a sub-mesh of one dim, such as mesh[{names[-1]!r}]"
+        )
     return [names.index("p2p"), names.index("a2a")]
 
 
