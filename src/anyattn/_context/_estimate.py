@@ -17,6 +17,7 @@ from typing import NamedTuple
 from anyattn._context._data import Comm, Layout, Mask, Shape
 from anyattn._context._geometry import Span, area, needed
 from anyattn._context._gpu import Gpu
+from anyattn._context._scene import union
 
 TILE = 128
 MERGE_BYTES = 10
@@ -116,19 +117,8 @@ def _documents(layout: Layout, members: int) -> dict[int, dict[int, list[Span]]]
     for by_unit in runs.values():
         for unit, own in by_unit.items():
             if len(own) > 1:
-                by_unit[unit] = _joined(own)
+                by_unit[unit] = union(own)
     return runs
-
-
-def _joined(spans: Iterable[Span]) -> list[Span]:
-    """Disjoint ranges in order that cover the same."""
-    result: list[Span] = []
-    for begin, end in sorted(spans):
-        if result and begin <= result[-1][1]:
-            result[-1] = result[-1][0], max(end, result[-1][1])
-        else:
-            result.append((begin, end))
-    return result
 
 
 class _Coverage:
@@ -190,7 +180,7 @@ class _Loads:
                 self.windows[unit].add(seen[1] - span[1] - (0 if self.mask.top_left else m - n))
         if not far:
             return far
-        wanted = _joined(far)
+        wanted = union(far)
         rows, local = sum(e - b for b, e in wanted), _overlap(keys, wanted)
         self.most[unit] = max(self.most[unit], len(far))
         self.cut[unit] += pairs
