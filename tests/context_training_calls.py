@@ -191,11 +191,6 @@ def in_groups(seat: Seat, case: ContextCase) -> tuple[context_ranks.Found, int]:
         counts.append(_groups(*arguments))
         return counts[-1]
 
-    def shares(*arguments: Any) -> Any:
-        found = _shares(*arguments)
-        counts.append(found.groups)
-        return found
-
-    _groups, _shares = _door._groups, vars(_door)["shares"]
-    with mock.patch.multiple(_door, LEAST=0.0, _groups=groups, shares=shares):
+    _groups = _door._groups
+    with mock.patch.multiple(_door, LEAST=0.0, _groups=groups):
         return context_ranks.run(seat, case), max(counts)

@@ -99,6 +99,11 @@ class Call(NamedTuple):
     block_mask: BlockMask | None = None
     seed: Tensor | None = None
     """int64 (2,) on the CPU: for dropout, where the caller drew it; else the kernel draws its own."""
+    out: Tensor | None = None
+    """Where the caller would have out, a slice of something larger: a backend may write it there and return that very
+    tensor. The caller copies what lies elsewhere."""
+    dq: Tensor | None = None
+    """The same for dq, in backward."""
 
 
 class Result(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ class Run:
 
 
 class _Part(NamedTuple):
-    """A group of heads, as this rank computes them."""
+    """The heads that this rank computes."""
 
     q: Tensor
     k: Tensor
@@ -48,17 +47,14 @@ class ContextAttention(torch.autograd.Function):
         ctx: Any, run: Run, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (out, lse or None)."""
-        parts, out, lse = (_whole if run.heads is None else _by_heads)(run, q, k, v, sink, bias)
+        part, out, lse = (_whole if run.heads is None else _by_heads)(run, q, k, v, sink, bias)
         ctx.set_materialize_grads(False)
-        ctx.run, ctx.sizes = run, [len(part.answer.rngs) for part in parts]
-        kept: list[Any] = []
-        for part in parts:
-            kept += [part.q, part.k, part.v, part.answer.out, part.answer.lse, *part.answer.rngs]
-        terms = run.terms
+        ctx.run, terms = run, run.terms
+        kept = part.q, part.k, part.v, part.answer.out, part.answer.lse, *part.answer.rngs
         ctx.like = tuple((x.shape, x.dtype) for x in (q, k, v))
         # A table of the plan is saved too, so that refilling it before backward is an error and not a wrong gradient.
         ctx.save_for_backward(sink, bias, terms.alibi, terms.mask, run.job.tables.padding, *kept)
-        ctx.kernels = [part.answer.kernels for part in parts]
+        ctx.kernels = part.answer.kernels
         return out, lse.float() if run.return_lse and lse is not None else None
 
     @staticmethod
@@ -76,12 +72,9 @@ class ContextAttention(torch.autograd.Function):
         return found
 
 
-def terms_of(
-    run: Run, alibi: Tensor | None, bias: Tensor | None, mask: Tensor | None, heads: slice, group: int
-) -> Terms:
-    """For this rank's heads of a group."""
-    seed = None if run.terms.seed is None else run.terms.seed + (group << 20)
-    return Terms(None if alibi is None else alibi[..., heads], bias, mask, seed)
+def terms_of(run: Run, alibi: Tensor | None, bias: Tensor | None, mask: Tensor | None, heads: slice) -> Terms:
+    """For this rank's heads."""
+    return Terms(None if alibi is None else alibi[..., heads], bias, mask, run.terms.seed)
 
 
 def _with_sink(answer: Answer, sink: Tensor | None, padding: Tensor) -> Answer:
@@ -97,11 +90,11 @@ def _with_sink(answer: Answer, sink: Tensor | None, padding: Tensor) -> Answer:
 
 def _whole(
     run: Run, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor | None
-) -> tuple[list[_Part], Tensor, Tensor | None]:
+) -> tuple[_Part, Tensor, Tensor | None]:
     heads = slice(0, q.shape[1])
-    terms = terms_of(run, run.terms.alibi, bias, run.terms.mask, heads, 0)
+    terms = terms_of(run, run.terms.alibi, bias, run.terms.mask, heads)
     answer = _with_sink(_schedule.forward(run.job, q, k, v, terms), sink, run.job.tables.padding)
-    return [_Part(q, k, v, answer)], answer.out, answer.lse
+    return _Part(q, k, v, answer), answer.out, answer.lse
 
 
 # --- heads are exchanged ---
@@ -109,51 +102,40 @@ def _whole(
 
 def _by_heads(
     run: Run, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor | None
-) -> tuple[list[_Part], Tensor, Tensor | None]:
+) -> tuple[_Part, Tensor, Tensor | None]:
     heads, tables = run.heads, run.job.tables
     assert heads is not None
-    share = heads.share
     order_q, order_k = tables.order_q, tables.order_k
-    out = q.new_empty(*q.shape[:2], v.shape[2])
-    lse = q.new_empty(q.shape[0], q.shape[1], 1, dtype=_wide(q)) if run.return_lse else None
-    parts, returning = [], []
-    for group, arrivals in _ahead(share.groups, lambda g: _send_inputs(heads, g, q, k, v)):
-        mine = _inputs(heads, arrivals, q, k, v, order_q and order_q[0], order_k and order_k[0])
-        own = share.of_rank(run.head_rank, group)
-        terms = terms_of(run, run.terms.alibi, None, None, own, group)
-        answer = _schedule.forward(run.job, mine[0], mine[1], mine[2], terms)
-        answer = _with_sink(answer, None if sink is None else sink[own], tables.padding)
-        parts.append(_Part(mine[0], mine[1], mine[2], answer))
-        back = [heads.send_back([answer.out], order_q and order_q[1])]
-        if lse is not None:
-            back.append(heads.send_back([answer.lse.t().unsqueeze(2)], order_q and order_q[1]))
-        returning.append((group, back))
-    for group, back in returning:
-        heads.take_back(back[0], group, [(out, False)])
-        if lse is not None:
-            heads.take_back(back[1], group, [(lse, False)])
-    return parts, out, None if lse is None else lse.squeeze(2).t().contiguous()
+    arrivals = _send_inputs(heads, q, k, v)
+    mine = _inputs(heads, arrivals, q, k, v, order_q and order_q[0], order_k and order_k[0])
+    own = heads.share.of_rank(run.head_rank)
+    terms = terms_of(run, run.terms.alibi, None, None, own)
+    answer = _with_sink(
+        _schedule.forward(run.job, mine[0], mine[1], mine[2], terms),
+        None if sink is None else sink[own],
+        tables.padding,
+    )
+    back = heads.send_back([answer.out], order_q and order_q[1])
+    out, lse = q.new_empty(*q.shape[:2], v.shape[2]), None
+    if run.return_lse:
+        back_lse = heads.send_back([answer.lse.t().unsqueeze(2)], order_q and order_q[1])
+        by_row = q.new_empty(q.shape[0], q.shape[1], 1, dtype=_wide(q))
+        heads.take_back(back_lse, [(by_row, False)])
+        lse = by_row.squeeze(2).t().contiguous()
+    heads.take_back(back, [(out, False)])
+    return _Part(mine[0], mine[1], mine[2], answer), out, lse
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _ahead(groups: int, send: Any) -> Iterator[tuple[int, Any]]:
-    """Groups with what arrives for them; the next one's is on its way while one computes."""
-    arrivals = send(0)
-    for group in range(groups):
-        following = send(group + 1) if group + 1 < groups else None
-        yield group, arrivals
-        arrivals = following
-
-
-def _send_inputs(heads: HeadExchange, group: int, q: Tensor, k: Tensor, v: Tensor) -> list[Any]:
+def _send_inputs(heads: HeadExchange, q: Tensor, k: Tensor, v: Tensor) -> list[Any]:
     """q, k and v in one exchange, where they have as many rows."""
     keys = [(k, True), (v, True)]
     if q.shape[0] == k.shape[0]:
-        return [heads.send(group, [(q, False), *keys])]
-    return [heads.send(group, [(q, False)]), heads.send(group, keys)]
+        return [heads.send([(q, False), *keys])]
+    return [heads.send([(q, False)]), heads.send(keys)]
 
 
 def _inputs(
@@ -173,20 +155,16 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tens
     """The work of backward."""
     run: Run = ctx.run
     sink, bias, alibi, mask, _, *kept = saved
-    parts, at = [], 0
-    for size, kernels in zip(ctx.sizes, ctx.kernels, strict=True):
-        q, k, v, out, lse = kept[at : at + 5]
-        parts.append(_Part(q, k, v, Answer(out, lse, tuple(kept[at + 5 : at + 5 + size]), kernels)))
-        at += 5 + size
+    q, k, v, out, lse, *rngs = kept
+    part = _Part(q, k, v, Answer(out, lse, tuple(rngs), ctx.kernels))
     dsink = torch.zeros_like(sink, dtype=_wide(sink)) if sink is not None and ctx.needs_input_grad[4] else None
     if dlse is not None:
-        dlse = dlse.to(_wide(parts[0].q))
+        dlse = dlse.to(_wide(q))
     if run.heads is not None:
-        found = _gradients_by_heads(ctx, run, parts, alibi, sink, dsink, dout, dlse)
+        found = _gradients_by_heads(ctx, run, part, alibi, sink, dsink, dout, dlse)
         return None, *found, None if dsink is None else dsink.to(sink.dtype), None
-    (part,) = parts
     dout = torch.zeros_like(part.answer.out) if dout is None else dout
-    terms = terms_of(run, alibi, bias, mask, slice(0, part.q.shape[1]), 0)
+    terms = terms_of(run, alibi, bias, mask, slice(0, q.shape[1]))
     got = backward(run.job, Given(part.q, part.k, part.v, terms, part.answer, dout, dlse))
     if dsink is not None:
         dsink += _core.sink_gradient(sink, Saved(part.answer.out, part.answer.lse, None), dout, dlse)
@@ -194,41 +172,38 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tens
 
 
 def _gradients_by_heads(
-    ctx: Any, run: Run, parts: list[_Part], alibi: Tensor | None, sink: Tensor | None, dsink: Tensor | None,
+    ctx: Any, run: Run, part: _Part, alibi: Tensor | None, sink: Tensor | None, dsink: Tensor | None,
     dout: Tensor | None, dlse: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     heads, tables = run.heads, run.job.tables
     assert heads is not None
     order_q = tables.order_q
-    like, dtype = parts[0].q, ctx.like[0][1]
+    like, dtype = part.q, ctx.like[0][1]
     shape_q, shape_k, shape_v = (shape for shape, _ in ctx.like)
     if dout is None:
         dout = like.new_zeros(*shape_q[:2], shape_v[2])
     if dlse is None and run.return_lse:  # another rank's may have a gradient, and all take part in its exchange
         dlse = like.new_zeros(shape_q[1], shape_q[0], dtype=_wide(like))
     grads = _receivers(like, dtype, (shape_q, shape_k, shape_v), heads.share.plain)
-    returning: list[tuple[int, list[Any]]] = []
-    for group, arrivals in _ahead(heads.share.groups, lambda g: _send_gradients(heads, g, dout, dlse)):
-        part, own = parts[group], heads.share.of_rank(run.head_rank, group)
-        into = order_q and order_q[0]
-        (mine,) = heads.take(arrivals[0], [(heads.share.heads, dout.shape[2])], into)
-        mine_lse = None
-        if dlse is not None:
-            (by_row,) = heads.take(arrivals[1], [(heads.share.heads, 1)], into)
-            mine_lse = by_row.squeeze(2).t()
-        terms = terms_of(run, alibi, None, None, own, group)
-        got = backward(run.job, Given(part.q, part.k, part.v, terms, part.answer, mine, mine_lse))
-        if dsink is not None and sink is not None:
-            final = Saved(part.answer.out, part.answer.lse, None)
-            dsink[own] += _core.sink_gradient(sink[own], final, mine, mine_lse)
-        returning.append((group, _send_back(heads, tables, got)))
-    for group, back in returning:
-        queries, keys = [(grads[0], False)], [(grads[1], True), (grads[2], True)]
-        if len(back) == 1:
-            heads.take_back(back[0], group, queries + keys)
-        else:
-            heads.take_back(back[0], group, queries)
-            heads.take_back(back[1], group, keys)
+    arrivals, own = _send_gradients(heads, dout, dlse), heads.share.of_rank(run.head_rank)
+    into = order_q and order_q[0]
+    (mine,) = heads.take(arrivals[0], [(heads.share.heads, dout.shape[2])], into)
+    mine_lse = None
+    if dlse is not None:
+        (by_row,) = heads.take(arrivals[1], [(heads.share.heads, 1)], into)
+        mine_lse = by_row.squeeze(2).t()
+    terms = terms_of(run, alibi, None, None, own)
+    got = backward(run.job, Given(part.q, part.k, part.v, terms, part.answer, mine, mine_lse))
+    if dsink is not None and sink is not None:
+        final = Saved(part.answer.out, part.answer.lse, None)
+        dsink[own] += _core.sink_gradient(sink[own], final, mine, mine_lse)
+    back = _send_back(heads, tables, got)
+    queries, keys = [(grads[0], False)], [(grads[1], True), (grads[2], True)]
+    if len(back) == 1:
+        heads.take_back(back[0], queries + keys)
+    else:
+        heads.take_back(back[0], queries)
+        heads.take_back(back[1], keys)
     return tuple(g.to(dtype) for g in grads)
 
 
@@ -240,10 +215,10 @@ def _receivers(like: Tensor, dtype: torch.dtype, shapes: Any, plain: bool) -> li
     return [dq, *(like.new_zeros(shape, dtype=_wide(like)) for shape in shapes[1:])]
 
 
-def _send_gradients(heads: HeadExchange, group: int, dout: Tensor, dlse: Tensor | None) -> list[Any]:
-    sent = [heads.send(group, [(dout, False)])]
+def _send_gradients(heads: HeadExchange, dout: Tensor, dlse: Tensor | None) -> list[Any]:
+    sent = [heads.send([(dout, False)])]
     if dlse is not None:
-        sent.append(heads.send(group, [(dlse.t().unsqueeze(2), False)]))
+        sent.append(heads.send([(dlse.t().unsqueeze(2), False)]))
     return sent
 
 

@@ -6,7 +6,7 @@ computes; the local stage comes last. Sums are made in float32, and rounded once
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,13 +22,17 @@ from anyattn._context._schedule import (
     Unit,
     Wire,
     fewer,
-    head_groups,
+    finest,
     kernel_of,
+    settle,
     terms_of,
     units_of,
     with_keys,
+    within,
 )
 from anyattn._context._tables import CallTables
+
+T = TypeVar("T")
 
 
 class Gradients(NamedTuple):
@@ -107,6 +111,7 @@ class _Work:
                 saved,
                 x.dout[q0:q1, heads],
                 dlse,
+                self.place(unit, call),
             )
             if dbias is not None and self.dbias is not None:
                 whole = self.dbias[:, heads] if self.dbias.shape[1] > 1 else self.dbias
@@ -114,16 +119,23 @@ class _Work:
             found.append((call, _Part(dq, dk, dv)))
         return found
 
+    def place(self, unit: Unit, call: CallTables) -> Tensor | None:
+        """Where dq of a call is to be; None: anywhere."""
+        return None
+
     def owe(self, unit: Unit, parts: list[_Part], heads: int) -> None:
         """Send what others' keys got; take in what has come back so far."""
         stage, k, v = unit.stage, self.x.k, self.x.v
-        wire = Wire.empty(k, stage.back.shape[0], heads, k.shape[2], v.shape[2])
-        if parts:
-            _rows.sum_rows(wire.k, fewer([p.dk for p in parts]), stage.back)
-            _rows.sum_rows(wire.v, fewer([p.dv for p in parts]), stage.back)
+        dims, own = (k.shape[2], v.shape[2]), stage.kept.shape[0]
+        wire = Wire.empty(k, stage.back.shape[0], heads, *dims)
+        grads = fewer([p.dk for p in parts]), fewer([p.dv for p in parts])
+        _sum(wire, grads, stage.back)
         self.arrived()
-        counts = stage.stage.receive, stage.send_counts
-        self.travelling.append((unit, exchange(self.job.group, wire.rows, *counts, head_start=self.job.head_start)))
+        counts = stage.receive_counts, stage.send_counts
+        arrival = exchange(self.job.group, wire.rows, *counts, room=own, head_start=self.job.head_start)
+        if own:
+            _sum(Wire(arrival.rows[-own:], *dims), grads, stage.kept)
+        self.travelling.append((unit, arrival))
 
     def arrived(self) -> None:
         """Take in everything that is on its way."""
@@ -143,65 +155,70 @@ class _Work:
 
 
 class _Gathered(_Work):
-    """No query row is in two calls, and there is at most one remote stage: everything is put together at the end."""
+    """No query row is in two calls, and there is at most one remote stage: everything is put together at the end.
+
+    But for dq where the calls' rows do not interleave: it goes where it belongs, by the kernel itself if it can.
+    """
 
     def __init__(self, job: Job, x: Given) -> None:
         super().__init__(job, x)
-        self.groups = head_groups(job, x.q, x.k)
-        #: By unit: the heads, and the parts of its calls.
-        self.own: list[tuple[Heads, list[_Part]]] = []
-        self.dqs: list[tuple[Heads, list[Tensor]]] = []
-        self.home: list[tuple[Heads, Wire]] = []
+        whole = Heads(slice(0, x.q.shape[1]), slice(0, x.k.shape[1]))
+        self.groups = finest(job, x.q, x.k) if job.tables.remote else [whole]
+        self.own: list[tuple[Unit, list[_Part]]] = []
+        self.dqs: list[tuple[Unit, list[Tensor]]] = []
+        self.home: list[tuple[Unit, Wire]] = []
+
+    def place(self, unit: Unit, call: CallTables) -> Tensor | None:
+        """Where dq of a call is to be; None: anywhere."""
+        return self.dq[call.q[0] : call.q[1], unit.heads.q] if self.tables.apart else None
+
+    def _parts(self, unit: Unit, k: Tensor, v: Tensor) -> list[_Part]:
+        """Of a unit's calls; dq settled or kept."""
+        found = self.calls(unit, k, v)
+        if self.tables.apart:
+            for call, part in found:
+                place = self.place(unit, call)
+                assert place is not None
+                settle(place, part.dq)
+        else:
+            self.dqs.append((unit, [part.dq for _, part in found]))
+        return [part for _, part in found]
 
     def remote(self, unit: Unit, k: Tensor, v: Tensor) -> None:
         """A unit over others' keys."""
-        parts = [part for _, part in self.calls(unit, k, v)]
-        self.dqs.append((unit.heads, [p.dq for p in parts]))
-        self.owe(unit, parts, k.shape[1])
+        self.owe(unit, self._parts(unit, k, v), k.shape[1])
 
     def take(self, unit: Unit, wire: Wire) -> None:
         """Keep what came back."""
-        self.home.append((unit.heads, wire))
+        self.home.append((unit, wire))
 
     def local(self, unit: Unit, k: Tensor, v: Tensor) -> None:
         """A unit over this rank's own keys."""
-        self.own.append((unit.heads, [part for _, part in self.calls(unit, k, v)]))
+        self.own.append((unit, self._parts(unit, k, v)))
 
     def result(self) -> Gradients:
-        """Put together, by the smallest groups of heads that any unit had."""
+        """Put together, by groups of heads; tables count calls in forward's order."""
         self.arrived()
-        every = [heads for heads, _ in (*self.own, *self.home)]
-        for heads in finest(every) or self.groups:
-            own = [
-                _Part(p.dq[:, inner.q], p.dk[:, inner.k], p.dv[:, inner.k])
-                for outer, parts in self.own
-                if (inner := within(heads, outer)) is not None
-                for p in parts
-            ]
-            dqs = [x[:, inner.q] for outer, parts in self.dqs if (inner := within(heads, outer)) for x in parts]
-            home = [
-                (wire.k[:, inner.k], wire.v[:, inner.k]) for outer, wire in self.home if (inner := within(heads, outer))
-            ]
+        if self.tables.apart and self.tables.blank.shape[0]:
+            self.dq.index_fill_(0, self.tables.blank.long(), 0)
+        for heads in self.groups:
+            own = [(inner, p) for inner, parts in _of(heads, self.own) for p in parts]
+            home = [(inner, wire) for inner, wire in _of(heads, self.home)]
             table = self.tables.own_and_home if home else self.tables.own
-            _fill(self.dq[:, heads.q], [*(p.dq for p in own), *dqs], self.tables.out)
-            _fill(self.dk[:, heads.k], [*(k for k, _ in home), *(p.dk for p in own)], table)
-            _fill(self.dv[:, heads.k], [*(v for _, v in home), *(p.dv for p in own)], table)
+            if not self.tables.apart:
+                dqs = [x[:, inner.q] for inner, parts in _of(heads, self.dqs) for x in parts]
+                _fill(self.dq[:, heads.q], dqs, self.tables.out)
+            keys = [*(wire.k[:, i.k] for i, wire in home), *(p.dk[:, i.k] for i, p in own)]
+            values = [*(wire.v[:, i.k] for i, wire in home), *(p.dv[:, i.k] for i, p in own)]
+            _fill(self.dk[:, heads.k], keys, table)
+            _fill(self.dv[:, heads.k], values, table)
         return self.gradients()
 
 
-def finest(groups: list[Heads]) -> list[Heads]:
-    """The smallest of groups that divide the heads evenly, each once."""
-    size = min((h.q.stop - h.q.start for h in groups), default=0)
-    found = {(h.q.start, h.q.stop, h.k.start, h.k.stop): h for h in groups if h.q.stop - h.q.start == size}
-    return list(found.values())
-
-
-def within(heads: Heads, outer: Heads) -> Heads | None:
-    """A group of heads in the numbering of one that has it; None if it does not."""
-    if not (outer.q.start <= heads.q.start and heads.q.stop <= outer.q.stop):
-        return None
-    q, k = outer.q.start, outer.k.start
-    return Heads(slice(heads.q.start - q, heads.q.stop - q), slice(heads.k.start - k, heads.k.stop - k))
+def _of(heads: Heads, found: list[tuple[Unit, T]]) -> list[tuple[Heads, T]]:
+    """What units that have these heads brought, in forward's order, with where the heads are in it."""
+    ordered = sorted(found, key=lambda pair: pair[0].number)
+    return [(inner, x) for unit, x in ordered if (inner := within(heads, unit.heads)) is not None]
 
 
 class _Merged(_Work):
@@ -258,6 +275,12 @@ class _Merged(_Work):
     def result(self) -> Gradients:
         """All of them."""
         return self.gradients()
+
+
+def _sum(wire: Wire, grads: tuple[list[Tensor], list[Tensor]], table: Tensor) -> None:
+    """Gradients of k and of v, by a table."""
+    for into, sources in zip((wire.k, wire.v), grads, strict=True):
+        _fill(into, sources, table)
 
 
 def _fill(into: Tensor, sources: list[Tensor], table: Tensor) -> None:

@@ -14,7 +14,7 @@ from anyattn._context import _cost, _kernel, _schedule, _tables
 from anyattn._context._agreement import OthersFailed
 from anyattn._context._attention import ContextAttention, Run
 from anyattn._context._checks import Asked, checked, request_of
-from anyattn._context._heads import HeadExchange, shares
+from anyattn._context._heads import HeadExchange, HeadShares
 from anyattn._context._kernel import Options, Terms
 from anyattn._context._plan import ContextPlan
 from anyattn._context._schedule import Job
@@ -131,7 +131,7 @@ def _enter(x: Tensor, layout: str) -> Tensor:
 
 def _leave(x: Tensor, layout: str) -> Tensor:
     if layout == "thd":
-        return x[0]
+        return x.squeeze(0)  # by index, backward would fill and copy
     return x.transpose(0, 1) if layout == "sbhd" else x.transpose(1, 2) if layout == "bhsd" else x
 
 
@@ -181,22 +181,21 @@ def _requests(t: Tensors, asked: Asked, plan: ContextPlan) -> tuple[list[CallTab
     one = t._replace(bias=_entry(t.bias, 0), mask=_entry(t.mask, 0))
     dense = one.bias is not None or one.mask is not None
     run = _run(plan, one, asked, (q, k, v), 1 if dense else sizes.batch)
-    calls, requests = [], []
-    for stage in run.job.tables.stages:
-        groups = 1 if stage.stage.local and run.job.tables.exclusive else run.job.groups
-        heads = (q.shape[2] // groups, k.shape[2] // groups)
-        if run.heads is not None:
-            heads = (run.heads.share.heads, run.heads.share.slots)
-        terms = _schedule.terms_of(run.terms._replace(seed=None), slice(0, heads[0]), 0)
-        for call in stage.calls:
+    heads = (q.shape[2], k.shape[2]) if run.heads is None else (run.heads.share.heads, run.heads.share.slots)
+    parts = [
+        torch.empty(1, dtype=dtype, device=x.device).expand(1, of, x.shape[-1])
+        for x, of in ((q, heads[0]), (k, heads[1]), (v, heads[1]))
+    ]
+    found: dict[Request, CallTables] = {}
+    for unit in _schedule.units_of(run.job, parts[0], parts[1]):
+        terms = _schedule.terms_of(run.terms._replace(seed=None), unit.heads.q, 0)
+        for call in unit.stage.calls:
             rows = (call.q[1] - call.q[0], call.k[1] - call.k[0])
-            parts = [
-                torch.empty(1, dtype=dtype, device=x.device).expand(rows[at], heads[at], x.shape[-1])
-                for x, at in ((q, 0), (k, 1), (v, 1))
-            ]
-            calls.append(call)
-            requests.append(_schedule.kernel_of(run.job, call).request(parts[0], parts[1], parts[2], terms))
-    return calls, requests
+            mine = parts[0][:, unit.heads.q].expand(rows[0], -1, -1)
+            keys, values = (x[:, unit.heads.k].expand(rows[1], -1, -1) for x in parts[1:])
+            request = _schedule.kernel_of(run.job, call).request(mine, keys, values, terms)
+            found.setdefault(request, call)
+    return list(found.values()), list(found)
 
 
 # --- one call ---
@@ -231,11 +230,10 @@ def _run(
     sequence_group = groups[0] if shape.sequence > 1 else None
     heads = None
     if shape.heads > 1:
-        wanted = 2 if shape.sequence == 1 and _seconds(plan, batch, q, v) > 2 * LEAST else 1
-        share = shares(shape.heads, q.shape[2], k.shape[2], wanted)
-        heads = HeadExchange(share, groups[-1])
+        heads = HeadExchange(HeadShares(shape.heads, q.shape[2], k.shape[2]), groups[-1])
     job = Job(tables, options, sequence_group, _groups(plan, batch, q, k, v) if heads is None else 1, dense=dense)
-    job = replace(job, head_start=q.is_cuda and _seconds(plan, batch, q, v) > LEAST)
+    if _seconds(plan, batch, q, v) > LEAST:
+        job = replace(job, halves=heads is None and k.shape[2] % 2 == 0, head_start=q.is_cuda)
     slopes = None if t.alibi_slopes is None else t.alibi_slopes.detach()
     assert t.mask is None or isinstance(t.mask, Tensor)
     terms = Terms(slopes, t.bias, t.mask, seed)

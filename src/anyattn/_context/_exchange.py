@@ -41,25 +41,35 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def exchange(
-    group: Any, send: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, head_start: bool = False
+    group: Any,
+    send: Tensor,
+    send_counts: Sequence[int],
+    receive_counts: Sequence[int],
+    *,
+    room: int = 0,
+    head_start: bool = False,
 ) -> Arrival:
     """Send runs of rows of ``send`` (rows, width), one after the other by rank, and receive likewise.
+
+    What arrives is followed by ``room`` rows that the caller fills.
 
     All ranks of the group take part, whatever their counts. With ``head_start``, what is enqueued next on a GPU starts
     a few microseconds later than it could: a kernel that fills the whole GPU would otherwise begin before the one that
     moves the rows, which then waits for its end.
     """
-    received = send.new_empty(sum(receive_counts), send.shape[1])
+    arriving = sum(receive_counts)
+    whole = send.new_empty(arriving + room, send.shape[1])
+    received = whole[:arriving] if room else whole
     if group is None:
         received.copy_(send)
-        return Arrival(received, None)
+        return Arrival(whole, None)
     work = dist.all_to_all_single(
         _bytes(received), _bytes(send), list(receive_counts), list(send_counts), group=group, async_op=True
     )
     if head_start and send.is_cuda:
         with torch.cuda.device(send.device):
             torch.cuda._sleep(HEAD_START)
-    return Arrival(received, work, send)
+    return Arrival(whole, work, send)
 
 
 def gather_rows(groups: Sequence[Any], x: Tensor) -> Tensor:

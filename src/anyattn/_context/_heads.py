@@ -27,13 +27,11 @@ class HeadShares:
     ranks: int
     num_heads: int
     num_kv_heads: int
-    groups: int
-    """In how many parts a rank's heads travel."""
 
     @property
     def heads(self) -> int:
-        """Query heads of a rank, in one group of them."""
-        return self.num_heads // self.ranks // self.groups
+        """Query heads of a rank."""
+        return self.num_heads // self.ranks
 
     @cached_property
     def slots_of(self) -> tuple[tuple[int, ...], ...]:
@@ -46,24 +44,17 @@ class HeadShares:
 
     @property
     def slots(self) -> int:
-        """Key heads of a rank, in one group of them."""
-        return len(self.slots_of[0]) // self.groups
+        """Key heads of a rank."""
+        return len(self.slots_of[0])
 
     @cached_property
     def plain(self) -> bool:
         """Every key head is in one slot, in order: nothing is repeated."""
         return [h for rank in self.slots_of for h in rank] == list(range(self.num_kv_heads))
 
-    def of_rank(self, rank: int, group: int) -> slice:
-        """The query heads of a rank in one group."""
-        first = (rank * self.groups + group) * self.heads
-        return slice(first, first + self.heads)
-
-
-def shares(ranks: int, num_heads: int, num_kv_heads: int, wanted_groups: int) -> HeadShares:
-    """Shares in as many groups as are wanted and the slots of a rank allow."""
-    one = HeadShares(ranks, num_heads, num_kv_heads, 1)
-    return HeadShares(ranks, num_heads, num_kv_heads, gcd(one.slots, wanted_groups))
+    def of_rank(self, rank: int) -> slice:
+        """The query heads of a rank."""
+        return slice(rank * self.heads, (rank + 1) * self.heads)
 
 
 @dataclass(frozen=True)
@@ -76,9 +67,9 @@ class HeadExchange:
 
     # --- to the ranks that compute ---
 
-    def send(self, group: int, rows: Sequence[tuple[Tensor, bool]]) -> Arrival:
+    def send(self, rows: Sequence[tuple[Tensor, bool]]) -> Arrival:
         """Send tensors of equal rows, (rows, all heads, dim), cut by heads; True marks those of the key heads."""
-        cut = [self._cut(x, group, of_keys) for x, of_keys in rows]
+        cut = [self._cut(x, of_keys) for x, of_keys in rows]
         width = sum(x.shape[2] * x.shape[3] for x in cut)
         ranks, count = self.share.ranks, rows[0][0].shape[0]
         wire = rows[0][0].new_empty(ranks, count, width)
@@ -90,13 +81,13 @@ class HeadExchange:
         counts = [count] * ranks
         return exchange(self.group, wire.flatten(0, 1), counts, counts)
 
-    def _cut(self, x: Tensor, group: int, of_keys: bool) -> Tensor:
-        """(ranks, rows, heads of a rank in the group, dim)."""
+    def _cut(self, x: Tensor, of_keys: bool) -> Tensor:
+        """(ranks, rows, heads of a rank, dim)."""
         share = self.share
         if of_keys and not share.plain:
             x = torch.stack([x[:, head] for slots in share.slots_of for head in slots], 1)
         heads = share.slots if of_keys else share.heads
-        cut: Tensor = x.unflatten(1, (share.ranks, share.groups, heads))[:, :, group].transpose(0, 1)
+        cut: Tensor = x.unflatten(1, (share.ranks, heads)).transpose(0, 1)
         return cut
 
     def take(self, arrival: Arrival, widths: Sequence[tuple[int, int]], order: Tensor | None) -> list[Tensor]:
@@ -125,7 +116,7 @@ class HeadExchange:
         counts = [wire.shape[0] // self.share.ranks] * self.share.ranks
         return exchange(self.group, wire, counts, counts)
 
-    def take_back(self, arrival: Arrival, group: int, into: Sequence[tuple[Tensor, bool]]) -> None:
+    def take_back(self, arrival: Arrival, into: Sequence[tuple[Tensor, bool]]) -> None:
         """Write what came back into (rows, all heads, dim) tensors; those of key heads are added up in float32."""
         share = self.share
         rows = arrival.wait().unflatten(0, (share.ranks, -1))
@@ -136,10 +127,10 @@ class HeadExchange:
             at += heads * dim
             if of_keys and not share.plain:
                 for rank, slots in enumerate(share.slots_of):
-                    for j, head in enumerate(slots[group * heads : (group + 1) * heads]):
+                    for j, head in enumerate(slots):
                         x[:, head] += part[rank, :, j]
                 continue
-            _copy(x.unflatten(1, (share.ranks, share.groups, heads))[:, :, group], part.transpose(0, 1))
+            _copy(x.unflatten(1, (share.ranks, heads)), part.transpose(0, 1))
 
 
 def _copy(into: Tensor, x: Tensor) -> None:

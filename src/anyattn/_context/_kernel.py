@@ -57,18 +57,36 @@ class Kernel:
     keys: tuple[int, int] | None = None
     """For terms over (seq_q, seq_k): the key positions that the call sees; its tensors are 4-D then."""
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> tuple[Prepared, Result]:
-        """What ran, and (out, lse, rng) of rows q (rows, heads, dim) over a key buffer's, both cut to the call."""
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, place: Tensor | None = None
+    ) -> tuple[Prepared, Result]:
+        """What ran, and (out, lse, rng) of rows q (rows, heads, dim) over a key buffer's, both cut to the call.
+
+        out may be found in ``place``, or elsewhere.
+        """
         q, k, v = self._shaped(q), self._shaped(k), self._shaped(v)
         x, bias = self._inputs(terms)
-        request = self._request(q, k, v, x, bias)
+        kind = self._kind(q, k, v, x, bias)
+
+        def settle() -> Prepared:
+            found = _settled.get(kind)
+            if found is None:
+                if len(_settled) >= 4096:
+                    _settled.clear()
+                found = _settled[kind] = _prepare(self._request(q, k, v, x, bias), self.bare)
+            return found
+
+        def drop() -> None:
+            _settled.pop(kind, None)
+            _drop(self._request(q, k, v, x, bias), self.bare)
 
         def run(p: Prepared) -> tuple[Prepared, Result]:
-            return p, _core.forward(p, _core.make_call(p, q, k, v, None, bias, x), None)
+            call = _core.make_call(p, q, k, v, None, bias, x)
+            if place is not None and self.keys is None and p.dims is None:
+                call = call._replace(out=place)
+            return p, _core.forward(p, call, None)
 
-        p, (out, lse, rng, _) = _core.run_accepted(
-            lambda: _prepare(request, self.bare), run, lambda: _drop(request, self.bare)
-        )
+        p, (out, lse, rng, _) = _core.run_accepted(settle, run, drop)
         return p, Result(self._flat(out), self._flat_lse(lse), rng)
 
     def request(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Request:
@@ -86,11 +104,14 @@ class Kernel:
         saved: Saved,
         dout: Tensor,
         dlse: Tensor | None,
+        place: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(dq, dk, dv, dbias) from the final out and lse, by what forward ran."""
+        """(dq, dk, dv, dbias) from the final out and lse, by what forward ran; dq in ``place``, or elsewhere."""
         q, k, v = self._shaped(q), self._shaped(k), self._shaped(v)
         x, bias = self._inputs(terms)
         call = _core.make_call(p, q, k, v, None, bias, x)
+        if place is not None and self.keys is None and p.dims is None:
+            call = call._replace(dq=place)
         if self.keys is not None:
             saved = saved._replace(out=saved.out[None], lse=saved.lse[None])
             dlse = None if dlse is None else dlse[None]
@@ -128,6 +149,11 @@ class Kernel:
         return term[..., self.keys[0] : self.keys[1]] if term.shape[3] > 1 else term
 
     # --- what is asked ---
+
+    def _kind(self, q: Tensor, k: Tensor, v: Tensor, x: Inputs, bias: Tensor | None) -> tuple[Any, ...]:
+        """All that the request depends on, quicker to look up than it is."""
+        added = tuple(None if t is None else (t.shape, t.dtype) for t in (x.alibi, x.mask, bias))
+        return self.tables.serial, self.bare, self.keys, self.options, q.shape, k.shape, v.shape, q.dtype, added
 
     def _request(self, q: Tensor, k: Tensor, v: Tensor, x: Inputs, bias: Tensor | None) -> Request:
         o, call = self.options, self.tables.call
@@ -168,7 +194,8 @@ def _meta(x: Tensor, grad: bool) -> Meta:
 
 
 _prepared: dict[tuple[Request, bool], Prepared] = {}
-_select.caches.append(_prepared)
+_settled: dict[tuple[Any, ...], Prepared] = {}
+_select.caches += [_prepared, _settled]
 
 
 def _prepare(request: Request, bare: bool) -> Prepared:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anyattn._context._rows import is_copy, is_run
+from anyattn._launch import Launcher
 
 #: Bytes, as summed or merged, that a program of 4 warps handles: enough loads in flight to keep memory busy, few
 #: enough for registers.
@@ -124,10 +125,18 @@ def _merge_rows(
         tl.store(final_to, merged.to(final.dtype.element_ty), mask=mask)
 
 
+_launch_sum, _launch_merge = Launcher(_sum_rows), Launcher(_merge_rows)
+
+
 def _chunk(dim: int) -> int:
     """Columns of a program: a power of two that divides dim, if it has one worth the name."""
     exact = dim & -dim
-    return min(1024, exact if exact >= 128 else triton.next_power_of_2(dim))
+    return min(1024, exact if exact >= 128 else _power_of_2(dim))
+
+
+def _power_of_2(n: int) -> int:
+    """The least that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -154,13 +163,15 @@ def sum_rows(out: Tensor, sources: Sequence[Tensor], table: Tensor, base: Tensor
     a, b, c, d = map(with_strides, (*sources, None, None, None)[:4])
     units, block_c = out.shape[0] * heads, _chunk(dim)
     block_r = min(256, _SUM_BLOCK // (block_c * max(4, out.itemsize)))
-    grid = (triton.cdiv(units, block_r) * triton.cdiv(dim, block_c),)
+    o, start, constants = with_strides(out), with_strides(base), (len(sources), is_copy(table, base), base is not None)
+    kind = (*o[1:], *start[1:], heads, dim, *a[1:], *b[1:], *c[1:], *d[1:], *constants, block_r, block_c)
+    sizes = (table.shape[1], units, *ends[:3])
+    arguments = (
+        *o, *start, table, *sizes[:2], heads, dim, *a, *b, *c, *d, *ends[:3], *constants, block_r, block_c
+    )  # fmt: skip
     with _on_device_of(out):
-        _sum_rows[grid](
-            *with_strides(out), *with_strides(base), table, table.shape[1], units, heads, dim,
-            *a, *b, *c, *d, *ends[:3], SOURCES=len(sources), COPY=is_copy(table, base), HAS_BASE=base is not None,
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
-        )  # fmt: skip
+        programs = -(-units // block_r) * -(-dim // block_c)
+        _launch_sum(programs, (*tensors, table), kind, sizes, arguments, num_warps=4)
 
 
 def merge_rows(
@@ -169,12 +180,17 @@ def merge_rows(
 ) -> None:  # fmt: skip
     """See ``_rows.merge_rows``; nothing is empty."""
     heads, dim = out.shape[1:]
-    units, block_c = rows.shape[0] * heads, triton.next_power_of_2(dim)
+    units, block_c = rows.shape[0] * heads, _power_of_2(dim)
     block_r = max(1, min(256, _MERGE_BLOCK // (block_c * out.itemsize)))
     strides = (0, 0) if final is None else (final.stride(0), final.stride(1))
+    wide = (*out.stride()[:2], *part.stride()[:2])
+    narrow = (lse.stride(1), lse.stride(0), part_lse.stride(1), part_lse.stride(0))
+    constants = (fresh, final is not None, block_r, block_c)
+    arguments = (
+        rows, rows_part, units, heads, dim, out, *wide[:2], lse, *narrow[:2], part, *wide[2:], part_lse, *narrow[2:],
+        final, *strides, *constants,
+    )  # fmt: skip
+    pointers = (rows, rows_part, out, lse, part, part_lse, *(() if final is None else (final,)))
     with _on_device_of(out):
-        _merge_rows[(triton.cdiv(units, block_r),)](
-            rows, rows_part, units, heads, dim, out, out.stride(0), out.stride(1), lse, lse.stride(1), lse.stride(0),
-            part, part.stride(0), part.stride(1), part_lse, part_lse.stride(1), part_lse.stride(0), final, *strides,
-            FRESH=fresh, HAS_FINAL=final is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
-        )  # fmt: skip
+        kind = (heads, dim, *wide, *strides, *constants)
+        _launch_merge(-(-units // block_r), pointers, kind, (units, *narrow), arguments, num_warps=4)

@@ -33,6 +33,8 @@ class Job:
     """Connects the sequence ranks; None for one."""
     groups: int
     """In how many parts the keys of a stage travel."""
+    halves: bool = False
+    """Where results are not merged, the local stage is computed in two parts: what travels has both to hide behind."""
     head_start: bool = False
     """What travels is let begin before a kernel fills the GPU."""
     dense: bool = False
@@ -87,13 +89,13 @@ def units_of(job: Job, q: Tensor, k: Tensor, *, backward: bool = False) -> list[
     """All units in the order in which they run; each direction's numbers of kernel calls are forward's.
 
     Where results are merged, a group of heads runs through all stages before the next one: accumulators in float32 are
-    then needed for one group only. Elsewhere the local stage takes all heads at once.
+    then needed for one group only. Elsewhere the local stage takes all heads at once, or in two parts: in backward,
+    keys arrive during the one, and the last group's gradients travel during the other.
     """
     groups = list(enumerate(head_groups(job, q, k)))
     local, remote = job.tables.local, job.tables.remote
     if job.tables.exclusive:
-        whole = Heads(slice(0, q.shape[1]), slice(0, k.shape[1]))
-        parts = [(stage, 0, whole) for stage in local]
+        parts = [(stage, 0, heads) for stage in local for heads in _local_heads(job, q, k)]
         parts += [(stage, i, heads) for stage in remote for i, heads in groups]
     else:
         parts = [(stage, i, heads) for i, heads in groups for stage in (*local, *remote)]
@@ -103,9 +105,26 @@ def units_of(job: Job, q: Tensor, k: Tensor, *, backward: bool = False) -> list[
         number += len(stage.calls)
     if not backward:
         return units
-    if job.tables.exclusive:  # remote units first: what they owe travels while the local one computes
-        return [u for u in units if not u.local] + [u for u in units if u.local]
+    if job.tables.exclusive:
+        own, theirs = [u for u in units if u.local], [u for u in units if not u.local]
+        early = len(own) - 1
+        return own[:early] + theirs + own[early:]
     return [u for i, _ in groups for local in (False, True) for u in units if u.group == i and u.local == local]
+
+
+def _local_heads(job: Job, q: Tensor, k: Tensor) -> list[Heads]:
+    """The parts of the local stage: as many heads as travel first, or half of them, and all others."""
+    parts = finest(job, q, k)
+    if not job.tables.remote or len(parts) == 1:
+        return [Heads(slice(0, q.shape[1]), slice(0, k.shape[1]))]
+    (_, *others), last = parts, parts[-1]
+    return [parts[0], Heads(slice(others[0].q.start, last.q.stop), slice(others[0].k.start, last.k.stop))]
+
+
+def finest(job: Job, q: Tensor, k: Tensor) -> list[Heads]:
+    """Groups of heads of which those of every unit are made, where results are not merged."""
+    groups = max(job.groups, 2 if job.halves else 1)
+    return [Heads(a, b) for a, b in zip(_split(q.shape[1], groups), _split(k.shape[1], groups), strict=True)]
 
 
 # --- keys on their way ---
@@ -141,18 +160,18 @@ def _fetch(job: Job, unit: Unit, k: Tensor, v: Tensor) -> Arrival:
     wire = Wire.empty(k, stage.send.shape[0], heads.stop - heads.start, k.shape[2], v.shape[2])
     _rows.sum_rows(wire.k, [k[:, heads]], stage.send)
     _rows.sum_rows(wire.v, [v[:, heads]], stage.send)
-    return exchange(job.group, wire.rows, stage.send_counts, stage.stage.receive, head_start=job.head_start)
+    return exchange(job.group, wire.rows, stage.send_counts, stage.receive_counts, head_start=job.head_start)
 
 
-def _keys(unit: Unit, arrival: Arrival, dim: int, dim_v: int) -> tuple[Tensor, Tensor]:
-    """The key buffer of a unit."""
-    rows = arrival.wait()
-    if unit.stage.order is not None:
-        ordered = rows.new_empty(unit.stage.order.shape[0], rows.shape[1])
-        _rows.sum_rows(ordered, [rows], unit.stage.order)
-        rows = ordered
-    wire = Wire(rows, dim, dim_v)
-    return wire.k, wire.v
+def _keys(unit: Unit, arrival: Arrival, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The key buffer of a unit: what has arrived, and what of this rank's own rows it needs too."""
+    wire, order = Wire(arrival.wait(), k.shape[2], v.shape[2]), unit.stage.order
+    if order is None:
+        return wire.k, wire.v
+    keys, values = (x.new_empty(order.shape[0], x.shape[1], x.shape[2]) for x in (wire.k, wire.v))
+    _rows.sum_rows(keys, [wire.k, k[:, unit.heads.k]], order)
+    _rows.sum_rows(values, [wire.v, v[:, unit.heads.k]], order)
+    return keys, values
 
 
 def with_keys(job: Job, units: list[Unit], k: Tensor, v: Tensor) -> Iterator[tuple[Unit, Tensor, Tensor]]:
@@ -165,7 +184,7 @@ def with_keys(job: Job, units: list[Unit], k: Tensor, v: Tensor) -> Iterator[tup
             continue
         assert arrival is not None
         following = _fetch(job, waiting.pop(), k, v) if waiting else None
-        keys, values = _keys(unit, arrival, k.shape[2], v.shape[2])
+        keys, values = _keys(unit, arrival, k, v)
         arrival = following
         yield unit, keys, values
         del keys, values
@@ -200,7 +219,7 @@ def forward(job: Job, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Answer:
         p, (out, lse, rng, _) = kernel_of(job, call).run(q, k, v, terms_of(terms, slice(0, q.shape[1]), 0))
         assert lse is not None
         return Answer(out, lse, (rng,), (p,))
-    into: _Parts | _Sums = _Parts(job, q, k, v) if tables.exclusive else _Sums(job, q, v)
+    into = _Sums(job, q, v) if not tables.exclusive else _InPlace(job, q, v) if tables.apart else _Parts(job, q, k, v)
     ran: list[tuple[Tensor | None, Prepared]] = []
     for unit, keys, values in with_keys(job, units_of(job, q, k), k, v):
         _compute(job, unit, q, keys, values, terms, into, ran)
@@ -209,37 +228,71 @@ def forward(job: Job, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Answer:
 
 
 def _compute(
-    job: Job, unit: Unit, q: Tensor, k: Tensor, v: Tensor, terms: Terms, into: _Parts | _Sums,
+    job: Job, unit: Unit, q: Tensor, k: Tensor, v: Tensor, terms: Terms, into: _InPlace | _Parts | _Sums,
     ran: list[tuple[Tensor | None, Prepared]],
 ) -> None:  # fmt: skip
     """The calls of a unit; k and v are its key buffer."""
     for call in unit.stage.calls:
         (q0, q1), (k0, k1) = call.q, call.k
         mine = terms_of(terms, unit.heads.q, len(ran))
-        p, (out, lse, rng, _) = kernel_of(job, call).run(q[q0:q1, unit.heads.q], k[k0:k1], v[k0:k1], mine)
+        own = q[q0:q1, unit.heads.q], k[k0:k1], v[k0:k1]
+        p, (out, lse, rng, _) = kernel_of(job, call).run(*own, mine, into.place(unit, call))
         assert lse is not None
         ran.append((rng, p))
         into.add(unit, call, out, lse)
 
 
+class _InPlace:
+    """Results of calls whose rows do not interleave: each goes where it belongs, by the kernel itself if it can."""
+
+    def __init__(self, job: Job, q: Tensor, v: Tensor) -> None:
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self._out = q.new_empty(*q.shape[:2], v.shape[2])
+        self._lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+        self._blank = job.tables.blank
+
+    def place(self, unit: Unit, call: CallTables) -> Tensor:
+        """Where out of a call is to be."""
+        return self._out[call.q[0] : call.q[1], unit.heads.q]
+
+    def add(self, unit: Unit, call: CallTables, out: Tensor, lse: Tensor) -> None:
+        """Take a result."""
+        settle(self.place(unit, call), out)
+        self._lse[unit.heads.q, call.q[0] : call.q[1]] = lse
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(out, lse); rows of no call are 0 and -inf."""
+        if self._blank.shape[0]:
+            rows = self._blank.long()
+            self._out.index_fill_(0, rows, 0)
+            self._lse.index_fill_(1, rows, NEG_INF)
+        return self._out, self._lse
+
+
+def settle(place: Tensor, result: Tensor) -> None:
+    """Copy a result to its place, unless it is there already."""
+    if place.data_ptr() != result.data_ptr():
+        place.copy_(result)
+
+
 class _Parts:
-    """Results of calls that share no query row: kept, and put together at the end."""
+    """Results of calls that share no query row, though their rows interleave: put together at the end."""
 
     def __init__(self, job: Job, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self._groups = head_groups(job, q, k)
+        self._groups = finest(job, q, k)
         self._outs: list[list[Tensor]] = [[] for _ in self._groups]
         self._lses: list[list[Tensor]] = [[] for _ in self._groups]
         self._tables, self._like = job.tables, q.new_empty(0, q.shape[1], v.shape[2])
 
+    def place(self, unit: Unit, call: CallTables) -> None:
+        """Anywhere."""
+
     def add(self, unit: Unit, call: CallTables, out: Tensor, lse: Tensor) -> None:
-        """Keep a result. A local one has all heads."""
-        if not unit.stage.stage.local:
-            self._outs[unit.group].append(out)
-            self._lses[unit.group].append(lse)
-            return
+        """Keep a result, by groups of heads: a local one has several."""
         for i, heads in enumerate(self._groups):
-            self._outs[i].append(out[:, heads.q])
-            self._lses[i].append(lse[heads.q])
+            if (inner := within(heads, unit.heads)) is not None:
+                self._outs[i].append(out[:, inner.q])
+                self._lses[i].append(lse[inner.q])
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(out, lse); rows of no call are 0 and -inf."""
@@ -254,6 +307,14 @@ class _Parts:
             _rows.sum_rows(out[:, heads.q], fewer(outs), self._tables.out)
             lse[heads.q] = _columns(lses, self._tables.out[:, 0])
         return out, lse
+
+
+def within(heads: Heads, outer: Heads) -> Heads | None:
+    """A group of heads in the numbering of one that has it; None if it does not."""
+    if not (outer.q.start <= heads.q.start and heads.q.stop <= outer.q.stop):
+        return None
+    q, k = outer.q.start, outer.k.start
+    return Heads(slice(heads.q.start - q, heads.q.stop - q), slice(heads.k.start - k, heads.k.stop - k))
 
 
 def fewer(sources: list[Tensor]) -> list[Tensor]:
@@ -277,6 +338,9 @@ class _Sums:
         self._lse = q.new_full((heads, rows), NEG_INF, dtype=wide)
         self._heads, self._wide, self._last = slice(0, 0), wide, job.groups - 1
         self._out = q.new_empty(0, dtype=wide)
+
+    def place(self, unit: Unit, call: CallTables) -> None:
+        """Anywhere."""
 
     def add(self, unit: Unit, call: CallTables, out: Tensor, lse: Tensor) -> None:
         """Merge a result."""

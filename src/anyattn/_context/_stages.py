@@ -42,20 +42,21 @@ def _gathered_stage(scene: Scene, rank: int, fuse: bool) -> Stage:
             send[other].extend(clipped(runs, scene.fetched(other, document)))
     arriving: list[list[Piece]] = [[] for _ in range(scene.ranks)]
     remote: list[list[tuple[Piece, Meeting]]] = []
-    places: dict[int, int] = {}  # documents lie in the order of this rank's queries: then calls are fewest
+    firsts: dict[int, int] = {}
     for document in scene.q.shards[rank]:
         spans = scene.fetched(rank, document)
         if not spans:
             continue
-        places[document] = len(places)
         for other in scene.k.holders[document]:
             arriving[other].extend(clipped(scene.k.shards[other][document], spans))
         seen = scene.seen(rank, document)
         remote.append([(p, m) for p, m in seen if scene.own_row(rank, document, m.keys) is None])
+        firsts[document] = remote[-1][0][0].row
     for pieces in (*send, *arriving):
         pieces.sort(key=lambda p: p.row)
     received = packed(piece for pieces in arriving for piece in pieces)
-    ordered = sorted(received, key=lambda p: (places[p.document], p.begin))
+    # Documents lie in the order of the queries that see them here: then calls are fewest.
+    ordered = sorted(received, key=lambda p: (firsts[p.document], p.begin))
     buffer: dict[int, list[Piece]] = {}
     for piece in merged(packed(ordered)):
         buffer.setdefault(piece.document, []).append(piece)

@@ -6,14 +6,15 @@ Tables index rows. Those with several columns name, per row of the result, the r
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anyattn._context import _geometry
-from anyattn._context._data import Capacity, Entry, KernelCall, Layout, Piece, RankPlan, Run, Stage
+from anyattn._context import _geometry, _indices
+from anyattn._context._data import Capacity, Entry, KernelCall, Piece, RankPlan, Run, Stage
 from anyattn._context._plan_data import PlanData
 from anyattn._context._upload import Upload
 from anyattn._packing import Packing
@@ -41,6 +42,8 @@ class CallTables:
     """No call before has a query row of this one."""
     key_positions: tuple[int, int] | None = None
     """For terms over (seq_q, seq_k): the positions of the keys that the call sees."""
+    serial: int = field(default_factory=count().__next__)
+    """Tells it from all others: for what is settled once per call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +53,18 @@ class StageTables:
     stage: Stage
     calls: tuple[CallTables, ...]
     send: Tensor
-    """int32 (sent rows, 1): rows of the key shard, in the order in which they are sent."""
+    """int32 (sent rows, 1): rows of the key shard, in the order in which they are sent to other ranks."""
     send_counts: tuple[int, ...]
+    """By rank; to this one none: its own rows do not travel."""
+    receive_counts: tuple[int, ...]
     order: Tensor | None
-    """int32 (rows, 1): the key buffer's rows among those received."""
+    """int32 (rows, 1): the key buffer's rows among those received, followed by the key shard."""
     back: Tensor
     """int32 (received rows, calls): per received row, its gradient among the calls' key rows."""
+    kept: Tensor
+    """int32 (own rows used, calls): the same for this rank's own rows."""
     home: Tensor
-    """int32 (rows of the key shard, n): per own row, its gradient among the rows that come back."""
+    """int32 (rows of the key shard, n): per own row, its gradient among the rows that come back and then those kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,10 @@ class Tables:
     """One local call takes all rows as they are: nothing is moved, merged or put together."""
     rows_q: int
     rows_k: int
+    apart: bool
+    """Exclusive, and the calls' query rows do not interleave: each has a range of its own."""
+    blank: Tensor
+    """int32 (n,): query rows of no call, if so."""
     out: Tensor
     """int32 (rows_q, 1): per query row, where it lies among the parts of all calls, if exclusive."""
     own: Tensor
@@ -111,30 +122,44 @@ def build(data: PlanData, device: torch.device, *, alibi: bool, dense: bool) -> 
     direct = _is_direct(plan) and not dense
     place = data.rank // data.topology.heads
     frame = _Frame(
-        rows_q, rows_k, data, queries.pieces[place], dense, direct, torch.zeros(rows_q, dtype=torch.bool, device="cpu")
+        place,
+        rows_q,
+        rows_k,
+        data,
+        queries.pieces[place],
+        dense,
+        direct,
+        torch.zeros(rows_q, dtype=torch.bool, device="cpu"),
     )
     stages = tuple(_stage(s, frame, up) for s in plan.stages)
     calls = [c for s in stages for c in s.calls]
     local = [s for s in stages if s.stage.local]
     remote = [s for s in stages if not s.stage.local]
     fixed = data.capacity is not None
-    own = _table(rows_k, [_key_rows(c) for s in local for c in s.calls], _sizes_k(local), fixed=fixed)
-    both = [remote[0].home, *_shifted(own, remote[0].send.shape[0])] if len(remote) == 1 else []
-    order_q, order_k = (_order(runs, rows) for runs, rows in zip(data.order, (rows_q, rows_k), strict=True))
+    own = _indices.table(rows_k, [_key_rows(c) for s in local for c in s.calls], _sizes_k(local), fixed=fixed)
+    both = (
+        [remote[0].home, *_indices.shifted(own, remote[0].send.shape[0] + remote[0].kept.shape[0])]
+        if len(remote) == 1
+        else []
+    )
+    order_q, order_k = (_indices.order(runs, rows) for runs, rows in zip(data.order, (rows_q, rows_k), strict=True))
+    apart = plan.exclusive and not fixed and _indices.are_apart([c.q for c in calls])
     made = Tables(
         stages,
         plan.exclusive,
         direct,
         rows_q,
         rows_k,
+        apart,
+        up.add(_indices.unused(rows_q if apart else 0, [c.rows for c in calls])),
         up.add(
-            _table(rows_q, [c.rows for c in calls], [c.q[1] - c.q[0] for c in calls], [c.part_rows for c in calls])[
-                :, :1
-            ]
+            _indices.table(
+                rows_q, [c.rows for c in calls], [c.q[1] - c.q[0] for c in calls], [c.part_rows for c in calls]
+            )[:, :1]
         ),
         up.add(own),
         up.add(torch.cat(both, 1)) if both else own[:, :0],
-        up.add(_padding(queries, data.rank // data.topology.heads)),
+        up.add(_indices.padding(queries, data.rank // data.topology.heads)),
         None if order_q is None else (up.add(order_q[0]), up.add(order_q[1])),
         None if order_k is None else (up.add(order_k[0]), up.add(order_k[1])),
     )
@@ -164,6 +189,8 @@ def _is_direct(plan: RankPlan) -> bool:
 class _Frame:
     """What all stages of a plan share."""
 
+    place: int
+    """This rank among the sequence ranks."""
     rows_q: int
     rows_k: int
     data: PlanData
@@ -189,28 +216,47 @@ def _stage(stage: Stage, frame: _Frame, up: Upload) -> StageTables:
     rows_k = frame.rows_k
     size = rows_k if stage.local else stage.rows
     made = tuple(_call(c, frame, size, up) for c in calls)
-    counts = tuple(sum(n for _, n in runs) for runs in stage.send)
-    send = _expand(run for runs in stage.send for run in runs)
-    received = sum(stage.receive)
-    order = None if stage.order is None else _expand(stage.order)
-    # A gradient row of the buffer goes back to where the row came from.
-    back = _table(0 if stage.local else size, [], [])
-    if not stage.local:
-        back = _table(size, [_key_rows(c) for c in made], [c.k for c in made], fixed=frame.data.capacity is not None)
-    if order is not None:
-        inverse = torch.full((received,), -1, dtype=torch.int32, device="cpu")
-        inverse[order.long()] = torch.arange(order.numel(), dtype=torch.int32, device="cpu")
-        back = torch.where(inverse[:, None] < 0, -1, back[inverse.long().clamp(min=0)])
-    home = _table(rows_k, list(torch.split(send, list(counts))), list(counts)) if counts else send.new_empty(rows_k, 0)
+    if stage.local:
+        none = torch.empty(0, 1, dtype=torch.int32, device="cpu")
+        home = none.new_empty(rows_k, 0)
+        return StageTables(stage, made, up.add(none), (), (), None, up.add(none), up.add(none), up.add(home))
+    fixed = frame.data.capacity is not None
+    back = _indices.table(size, [_key_rows(c) for c in made], [c.k for c in made], fixed=fixed)
+    order, back, kept = _own_apart(stage, frame.place, back)
+    sent = [_indices.expand(runs if rank != frame.place else ()) for rank, runs in enumerate(stage.send)]
+    counts = tuple(rows.numel() for rows in sent)
+    own = _indices.expand(stage.send[frame.place])
+    home = _indices.table(rows_k, [*sent, own], [*counts, own.numel()])
     return StageTables(
         stage,
         made,
-        up.add(send[:, None]),
+        up.add(torch.cat(sent)[:, None]),
         counts,
+        tuple(0 if rank == frame.place else n for rank, n in enumerate(stage.receive)),
         None if order is None else up.add(order[:, None]),
         up.add(back),
+        up.add(kept),
         up.add(home),
     )
+
+
+def _own_apart(stage: Stage, place: int, back: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Order, back and kept of a stage; ``back`` is given by rows of the key buffer."""
+    received, own = sum(stage.receive), stage.receive[place]
+    begin = sum(stage.receive[:place])
+    order = None if stage.order is None else _indices.expand(stage.order)
+    if order is not None:
+        # A gradient row of the buffer goes back to where the row came from.
+        inverse = torch.full((received,), -1, dtype=torch.int32, device="cpu")
+        inverse[order.long()] = torch.arange(order.numel(), dtype=torch.int32, device="cpu")
+        back = torch.where(inverse[:, None] < 0, -1, back[inverse.long().clamp(min=0)])
+    if not own:
+        return order, back, back[:0]
+    where = torch.arange(received, dtype=torch.int32, device="cpu")
+    where[begin + own :] -= own
+    where[begin : begin + own] = _indices.expand(stage.send[place]) + (received - own)
+    order = where if order is None else where[order.long()]
+    return order, torch.cat([back[:begin], back[begin + own :]]), back[begin : begin + own].contiguous()
 
 
 def _entries(call: KernelCall) -> Iterable[tuple[Any, int]]:
@@ -223,7 +269,7 @@ def _call(call: KernelCall, frame: _Frame, rows_k: int, up: Upload) -> CallTable
     if not (frame.direct or capacity):
         q = _bounds([Run(e.q, e.len_q) for e in call.entries])
         k = _bounds([Run(e.k, e.len_k) for e in call.entries])
-    rows = _expand(Run(e.q, e.len_q) for e in call.entries)
+    rows = _indices.expand(Run(e.q, e.len_q) for e in call.entries)
     q_rows = torch.full((rows_q,), -1, dtype=torch.int32, device="cpu")
     q_rows[rows.long()] = rows - q[0]
     packing_q = up.packing(_packing([Run(e.q - q[0], e.len_q) for e in call.entries], q[1] - q[0], sanitize, capacity))
@@ -281,76 +327,10 @@ def _packing(runs: Sequence[Run], rows: int, sanitize: bool, capacity: Capacity 
     return Packing(both[0], both[1], max_seqlen=longest, rows=rows, sanitize=sanitize, check=False)
 
 
-# --- tables on the host ---
-
-
-def _expand(runs: Iterable[Run]) -> Tensor:
-    """The rows of runs, one after the other."""
-    both = torch.tensor([tuple(run) for run in runs], dtype=torch.int64, device="cpu").view(-1, 2)
-    first, count = both[:, 0], both[:, 1]
-    ends = count.cumsum(0)
-    total = int(ends[-1]) if ends.numel() else 0
-    offset = torch.repeat_interleave(first - (ends - count), count, output_size=total)
-    return (torch.arange(total, device="cpu") + offset).to(torch.int32)
-
-
 def _key_rows(call: CallTables) -> Tensor:
     """The rows of the key buffer that a call uses."""
-    return _expand(Run(e.k, e.len_k) for e in call.call.entries)
+    return _indices.expand(Run(e.k, e.len_k) for e in call.call.entries)
 
 
 def _sizes_k(stages: Sequence[StageTables]) -> list[tuple[int, int]]:
     return [c.k for s in stages for c in s.calls]
-
-
-def _table(
-    rows: int,
-    used: Sequence[Tensor],
-    parts: Sequence[int | tuple[int, int]],
-    places: Sequence[Tensor] | None = None,
-    fixed: bool = False,
-) -> Tensor:
-    """Per row, where it lies in each part that has it, parts one after the other; as many columns as the most have.
-
-    ``used`` are the rows of each part; they lie there at ``places``, or at their distance from the part's first row, or
-    one after the other where parts are given by their sizes alone. ``fixed`` keeps a column for every part.
-    """
-    filled = torch.zeros(rows, dtype=torch.int64, device="cpu")
-    table = torch.full((rows, max(1, len(used))), -1, dtype=torch.int32, device="cpu")
-    start = 0
-    for i, (mine, part) in enumerate(zip(used, parts, strict=True)):
-        if places is not None:
-            at = places[i]
-        elif isinstance(part, tuple):
-            at = mine - part[0]
-        else:
-            at = torch.arange(mine.numel(), dtype=torch.int32, device="cpu")
-        index = mine.long()
-        table[index, filled[index]] = at + start
-        filled[index] += 1
-        start += part[1] - part[0] if isinstance(part, tuple) else part
-    most = len(used) if fixed else int(filled.max()) if rows else 1
-    return table[:, : max(1, most)].contiguous()
-
-
-def _padding(layout: Layout, place: int) -> Tensor:
-    padding = torch.ones(layout.rows, dtype=torch.int32, device="cpu")
-    for _, begin, end, row in layout.pieces[place]:
-        padding[row : row + end - begin] = 0
-    return padding
-
-
-def _shifted(table: Tensor, by: int) -> list[Tensor]:
-    return [torch.where(table < 0, table, table + by)]
-
-
-def _order(runs: Sequence[Run] | None, rows: int) -> tuple[Tensor, Tensor] | None:
-    """Into order, and back."""
-    if runs is None:
-        return None
-    into = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
-    found = _expand(runs)
-    into[: found.numel()] = found
-    back = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
-    back[found.long()] = torch.arange(found.numel(), dtype=torch.int32, device="cpu")
-    return into[:, None].contiguous(), back[:, None].contiguous()

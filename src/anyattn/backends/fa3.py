@@ -30,7 +30,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from anyattn._call import Call, Gradients, Result, Saved
+from anyattn._call import Call, Gradients, Result, Saved, Spec
 from anyattn._capability import ALWAYS, Capability, HeadDims, Reason, Row
 from anyattn._environment import Probe, distribution_version, one_line
 from anyattn._errors import Refused
@@ -256,9 +256,9 @@ def _flags(build: dict[str, bool]) -> frozenset[str]:
 
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k")
 _NUMBERS = ("softmax_scale", "causal", "window_size_left", "window_size_right", "window_size", "softcap")
-_FORWARD = ("q", "k", "v", *_LENGTHS, *_NUMBERS, "num_splits")
+_FORWARD = ("q", "k", "v", *_LENGTHS, *_NUMBERS, "num_splits", "out")
 _BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", *_LENGTHS, *_NUMBERS, "deterministic")
-_ALSO_CALLED = {"is_causal": "causal", "sequed_q": "seqused_q", "sequed_k": "seqused_k"}
+_ALSO_CALLED = {"out_": "out", "is_causal": "causal", "sequed_q": "seqused_q", "sequed_k": "seqused_k"}
 
 #: Of a build from before there was a list of what it lacks; and of head dims, with the gradient of lse.
 _REFUSALS = ("build does not support", "we only support Q/K headdim")
@@ -285,7 +285,7 @@ def load() -> frozenset[str]:
 def _checked(raw: Entry) -> Entry:
     """Nothing that is asked of a function may be dropped."""
     window = {"window_size"} if "window_size" in raw.lacks else {"window_size_left", "window_size_right"}
-    if unknown := raw.lacks - window:
+    if unknown := raw.lacks - window - {"out"}:
         raise TypeError(f"FlashAttention 3's raw functions take no {', '.join(sorted(unknown))}")
     return raw
 
@@ -295,7 +295,7 @@ def forward(call: Call) -> Result:
     spec, q, k, v = call.spec, _fit(call.q), _fit(call.k), _fit(call.v)
     check_batch(q.shape[0] if call.rows_q is None else call.rows_q.lengths.shape[0])
     try:
-        out, lse, *_ = _raw_forward.call(q, k, v, *_lengths(call), *_numbers(call), 1)
+        out, lse, *_ = _raw_forward.call(q, k, v, *_lengths(call), *_numbers(call), 1, call.out)
     except RuntimeError as error:
         if any(said in str(error) for said in _REFUSALS):
             raise Refused(one_line(error)) from None
@@ -307,7 +307,8 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     """See ``Backend.backward``."""
     assert _raw_backward is not None
     q, k, v = _fit(call.q), _fit(call.k), _fit(call.v)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq = torch.empty_like(q) if call.dq is None else call.dq
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
     _raw_backward.call(
         _fit(dout), q, k, v, _fit(saved.out), saved.lse, dq, dk, dv, *_lengths(call), *_numbers(call),
         call.spec.deterministic,
@@ -317,6 +318,8 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
 
 def _fit(x: Tensor) -> Tensor:
     """As TMA wants it: rows at multiples of 16 bytes, and no two in one place."""
+    if x.is_contiguous() and not x.data_ptr() % 16:
+        return x
     return aligned(x) if x.is_contiguous() or 0 not in x.stride() else x.contiguous()
 
 
@@ -335,7 +338,13 @@ def _lengths(call: Call) -> tuple[Any, ...]:
 
 def _numbers(call: Call) -> tuple[Any, ...]:
     """What ``_NUMBERS`` names."""
-    spec = call.spec
+    numbers: tuple[Any, ...] | None = call.spec.memo.get("numbers")
+    if numbers is None:
+        numbers = call.spec.memo["numbers"] = _numbers_of(call.spec)
+    return numbers
+
+
+def _numbers_of(spec: Spec) -> tuple[Any, ...]:
     causal = spec.right == 0
     left = -1 if spec.left is None else spec.left
     right = -1 if causal or spec.right is None else spec.right

@@ -1,0 +1,88 @@
+"""Index tables of plans, on the host: int32, by row; -1 is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from anyattn._context._data import Layout, Run
+
+
+def expand(runs: Iterable[Run]) -> Tensor:
+    """The rows of runs, one after the other."""
+    both = torch.tensor([tuple(run) for run in runs], dtype=torch.int64, device="cpu").view(-1, 2)
+    first, count = both[:, 0], both[:, 1]
+    ends = count.cumsum(0)
+    total = int(ends[-1]) if ends.numel() else 0
+    offset = torch.repeat_interleave(first - (ends - count), count, output_size=total)
+    return (torch.arange(total, device="cpu") + offset).to(torch.int32)
+
+
+def table(
+    rows: int,
+    used: Sequence[Tensor],
+    parts: Sequence[int | tuple[int, int]],
+    places: Sequence[Tensor] | None = None,
+    fixed: bool = False,
+) -> Tensor:
+    """Per row, where it lies in each part that has it, parts one after the other; as many columns as the most have.
+
+    ``used`` are the rows of each part; they lie there at ``places``, or at their distance from the part's first row, or
+    one after the other where parts are given by their sizes alone. ``fixed`` keeps a column for every part.
+    """
+    filled = torch.zeros(rows, dtype=torch.int64, device="cpu")
+    table = torch.full((rows, max(1, len(used))), -1, dtype=torch.int32, device="cpu")
+    start = 0
+    for i, (mine, part) in enumerate(zip(used, parts, strict=True)):
+        if places is not None:
+            at = places[i]
+        elif isinstance(part, tuple):
+            at = mine - part[0]
+        else:
+            at = torch.arange(mine.numel(), dtype=torch.int32, device="cpu")
+        index = mine.long()
+        table[index, filled[index]] = at + start
+        filled[index] += 1
+        start += part[1] - part[0] if isinstance(part, tuple) else part
+    most = len(used) if fixed else int(filled.max()) if rows else 1
+    return table[:, : max(1, most)].contiguous()
+
+
+def padding(layout: Layout, place: int) -> Tensor:
+    padding = torch.ones(layout.rows, dtype=torch.int32, device="cpu")
+    for _, begin, end, row in layout.pieces[place]:
+        padding[row : row + end - begin] = 0
+    return padding
+
+
+def shifted(table: Tensor, by: int) -> list[Tensor]:
+    return [torch.where(table < 0, table, table + by)]
+
+
+def order(runs: Sequence[Run] | None, rows: int) -> tuple[Tensor, Tensor] | None:
+    """Into order, and back."""
+    if runs is None:
+        return None
+    into = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
+    found = expand(runs)
+    into[: found.numel()] = found
+    back = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
+    back[found.long()] = torch.arange(found.numel(), dtype=torch.int32, device="cpu")
+    return into[:, None].contiguous(), back[:, None].contiguous()
+
+
+def unused(rows: int, used: Sequence[Tensor]) -> Tensor:
+    """Those of so many rows that nobody uses."""
+    free = torch.ones(rows, dtype=torch.bool, device="cpu")
+    for mine in used if rows else ():
+        free[mine.long()] = False
+    return free.nonzero()[:, 0].to(torch.int32)
+
+
+def are_apart(ranges: Sequence[tuple[int, int]]) -> bool:
+    """Whether ranges of rows have none in common."""
+    ordered = sorted(ranges)
+    return all(a[1] <= b[0] for a, b in pairwise(ordered))
