@@ -37,6 +37,8 @@ from measure import RESULTS
 LENGTHS = {"16k": 16384, "32k": 32768, "64k": 65536, "128k": 131072}
 #: In the order in which they are measured: what matters most first, for time may end.
 CASES = ("32k", "128k", "packed", "window", "ring", "memory", "host", "torch", "64k", "16k")
+#: Lets what NCCL starts go before what else waits for the GPU; for peers too.
+HIGH_PRIORITY = "TORCH_NCCL_HIGH_PRIORITY"
 BACKENDS = ("fa3", "fa4", "cudnn", "varlen")
 
 
@@ -132,6 +134,7 @@ def seated(options: argparse.Namespace) -> Seat:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        os.environ.setdefault(HIGH_PRIORITY, "1")
         dist.init_process_group("nccl", timeout=timedelta(seconds=120), device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timedelta(seconds=30))
@@ -145,6 +148,7 @@ def more_of_the_machine(seat: Seat) -> dict[str, Any]:
         facts["ring-flash-attn"] = version("ring-flash-attn")
     if seat.on_gpu:
         facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        facts[HIGH_PRIORITY] = os.environ[HIGH_PRIORITY]
     return facts
 
 

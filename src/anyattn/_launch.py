@@ -6,7 +6,7 @@ run. Imported only where Triton is.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Launcher:
 
     def __call__(
         self, programs: int, pointers: Sequence[Tensor], kind: tuple[Hashable, ...], sizes: Sequence[int],
-        arguments: Sequence[Any], *, num_warps: int,
+        arguments: Sequence[Any], *, num_warps: int, first: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         """Launch on the current stream of the current device.
 
@@ -36,6 +36,7 @@ class Launcher:
             sizes: the integers that it does not specialize on.
             arguments: all, in the kernel's order, constants included.
             num_warps: warps of a program.
+            first: called before a kind of arguments is launched for the first time.
         """
         key = (*(x.dtype for x in pointers), *kind, torch.cuda.current_device())
         plain = not any(x.data_ptr() & 15 for x in pointers) and max(sizes, default=0) < _WIDE
@@ -43,6 +44,8 @@ class Launcher:
         if compiled is not None:
             compiled[programs, 1, 1](*arguments)
             return
+        if first is not None:
+            first()
         compiled = self._kernel[programs,](*arguments, num_warps=num_warps)
         if plain and hasattr(compiled, "packed_metadata"):  # neither interpreted nor still compiling
             self._compiled[key] = compiled

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from anyattn._request import (
     describe_optional,
     refuse_transforms,
 )
+from anyattn._validate import Sizes
 
 
 def attention(t: Tensors, asked: Asked, plan: Any) -> Any:
@@ -41,25 +43,66 @@ def attention(t: Tensors, asked: Asked, plan: Any) -> Any:
     kind = _kind(t, asked, plan)
     if kind is None or kind not in plan._agreed:
         _agree(t, asked, plan, kind)
-    sizes = checked(t, asked, plan)
-    batch, seed = sizes.batch, _seed(asked, plan._data.rank)
-    cast = autocast_dtype(t.q.device.type)
-    q, k, v = (x.to(cast) if cast is not None and x.dtype == torch.float32 else x for x in (t.q, t.k, t.v))
-    q, k, v = (_enter(x if x.stride(-1) == 1 else x.contiguous(), sizes.layout) for x in (q, k, v))
-    if (t.bias is not None or t.mask is not None) and batch:
-        out, lse = _entry_by_entry(plan, t, asked, (q, k, v), batch, seed)
+    if (t.bias is not None or t.mask is not None) and (sizes := checked(t, asked, plan)).batch:
+        out, lse = _entry_by_entry(plan, t, asked, sizes)
     else:
-        run = _run(plan, t._replace(bias=None, mask=None), asked, (q, k, v), batch, seed)
-        out, lse = ContextAttention.apply(run, *(x.flatten(0, 1) for x in (q, k, v)), t.sink, None)  # type: ignore[no-untyped-call]
-        out = out.unflatten(0, (batch, plan.rows))
-        if t.bias is not None:  # an empty batch: its gradient is zero, and not missing
-            out = out + 0 * t.bias.sum().to(out.dtype)
-        lse = None if lse is None else lse.unflatten(1, (batch, plan.rows)).transpose(0, 1)
-    out = _leave(out, sizes.layout)
-    if not asked.return_lse:
-        return out
-    assert lse is not None
-    return out, lse[0] if sizes.layout == "thd" else lse
+        out, lse = _at_once(plan, t, asked, kind)
+    return (out, lse) if asked.return_lse else out
+
+
+def _at_once(plan: ContextPlan, t: Tensors, asked: Asked, kind: Any) -> tuple[Tensor, Tensor | None]:
+    """All batch entries in one run, in the caller's layout."""
+    settled: _Settled | None = plan._checked.get(kind) if kind is not None and _same_packings(t, plan) else None
+    if settled is None:
+        sizes = checked(t, asked, plan)
+        run = _run(plan, t._replace(bias=None, mask=None), asked, _entered(t, sizes.layout), sizes.batch)
+        settled = _Settled(sizes, run)
+        if kind is not None and t.bias is None and t.mask is None:
+            plan._checked[kind] = settled
+    sizes, run = settled
+    slopes = None if t.alibi_slopes is None else t.alibi_slopes.detach()
+    run = replace(run, terms=Terms(slopes, None, None, _seed(asked, plan._data.rank)))
+    rows = _rows_of(t, sizes.layout)
+    out: Tensor
+    out, lse = ContextAttention.apply(run, *rows, t.sink, None)  # type: ignore[no-untyped-call]
+    if t.bias is not None:  # an empty batch: its gradient is zero, and not missing
+        out = out + 0 * t.bias.sum().to(out.dtype)
+    if sizes.layout == "thd":
+        return out, lse
+    entries = (sizes.batch, plan.rows)
+    lse = None if lse is None else lse.unflatten(1, entries).transpose(0, 1)
+    return _leave(out.unflatten(0, entries), sizes.layout), lse
+
+
+class _Settled(NamedTuple):
+    """What calls of one kind under a plan have in common."""
+
+    sizes: Sizes
+    run: Run
+
+
+def _same_packings(t: Tensors, plan: ContextPlan) -> bool:
+    """Packings, where given, are known to be the plan's."""
+    return all(x is None or x in plan._packings for x in (t.packing, t.packing_kv))
+
+
+def _cast(t: Tensors) -> Iterator[Tensor]:
+    """q, k and v in the dtype to compute in, the head dim in one run."""
+    cast = autocast_dtype(t.q.device.type)
+    for x in (t.q, t.k, t.v):
+        y = x.to(cast) if cast is not None and x.dtype == torch.float32 else x
+        yield y if y.stride(-1) == 1 else y.contiguous()
+
+
+def _entered(t: Tensors, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as (batch, rows, heads, dim)."""
+    q, k, v = (_enter(x, layout) for x in _cast(t))
+    return q, k, v
+
+
+def _rows_of(t: Tensors, layout: str) -> tuple[Tensor, ...]:
+    """q, k and v as (batch * rows, heads, dim)."""
+    return tuple(_cast(t)) if layout == "thd" else tuple(_enter(x, layout).flatten(0, 1) for x in _cast(t))
 
 
 def _kind(t: Tensors, asked: Asked, plan: ContextPlan) -> Any:
@@ -130,25 +173,22 @@ def _enter(x: Tensor, layout: str) -> Tensor:
 
 
 def _leave(x: Tensor, layout: str) -> Tensor:
-    if layout == "thd":
-        return x.squeeze(0)  # by index, backward would fill and copy
+    """To a 4-D layout."""
     return x.transpose(0, 1) if layout == "sbhd" else x.transpose(1, 2) if layout == "bhsd" else x
 
 
-def _entry_by_entry(
-    plan: ContextPlan, t: Tensors, asked: Asked, qkv: tuple[Tensor, ...], batch: int, seed: int | None
-) -> tuple[Tensor, Tensor | None]:
+def _entry_by_entry(plan: ContextPlan, t: Tensors, asked: Asked, sizes: Sizes) -> tuple[Tensor, Tensor | None]:
     """Terms over (seq_q, seq_k): a batch entry at a time, for kernels take them with 4-D tensors only."""
     outs: list[Tensor] = []
     lses: list[Any] = []
-    for i in range(batch):
+    seed = _seed(asked, plan._data.rank)
+    for i, (q, k, v) in enumerate(zip(*(x.unbind() for x in _entered(t, sizes.layout)), strict=True)):
         one = t._replace(bias=_entry(t.bias, i), mask=_entry(t.mask, i))
-        q, k, v = (x[i] for x in qkv)
         run = _run(plan, one, asked, (q[None], k[None], v[None]), 1, None if seed is None else seed + (i << 30))
         out, lse = ContextAttention.apply(run, q, k, v, t.sink, one.bias)  # type: ignore[no-untyped-call]
         outs.append(out)
         lses.append(lse)
-    return torch.stack(outs), None if lses[0] is None else torch.stack(lses)
+    return _leave(torch.stack(outs), sizes.layout), None if lses[0] is None else torch.stack(lses)
 
 
 def _entry(term: Any, i: int) -> Any:

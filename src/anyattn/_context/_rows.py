@@ -30,14 +30,15 @@ def sum_rows(out: Tensor, sources: Sequence[Tensor], table: Tensor, base: Tensor
     Sums are made in float32 (float64 for a float64 out), column after column, and rounded once, so they are
     repeatable. One column without a base is a plain copy, of any dtype.
     """
+    if _on_triton(out) and out.numel():
+        from anyattn._context import _rows_triton
+
+        _rows_triton.sum_rows(out, sources, table, base, lambda: _check_sum(out, sources, table, base))
+        return
     _check_sum(out, sources, table, base)
     if out.numel() == 0:
         return
-    if _on_triton(out):
-        from anyattn._context import _rows_triton
-
-        _rows_triton.sum_rows(out, sources, table, base)
-    elif is_copy(table, base):
+    if is_copy(table, base):
         _copy(out, sources, table[:, 0])
     else:
         _add(out, sources, table, base)

@@ -9,7 +9,7 @@ unit memory is one run, which is what lets the compiler move 16 bytes at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -146,8 +146,11 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device)
 
 
-def sum_rows(out: Tensor, sources: Sequence[Tensor], table: Tensor, base: Tensor | None) -> None:
-    """See ``_rows.sum_rows``; nothing is empty but perhaps sources."""
+def sum_rows(
+    out: Tensor, sources: Sequence[Tensor], table: Tensor, base: Tensor | None, check: Callable[[], None]
+) -> None:
+    """See ``_rows.sum_rows``; nothing is empty but perhaps sources. ``check`` is called for a new kind of arguments."""
+    assert table.shape[0] == out.shape[0], f"table {table.shape} for out {out.shape}"
     ends = [0] * 4
     for i, source in enumerate(sources):
         ends[i] = ends[i - 1] + source.shape[0]
@@ -171,7 +174,7 @@ def sum_rows(out: Tensor, sources: Sequence[Tensor], table: Tensor, base: Tensor
     )  # fmt: skip
     with _on_device_of(out):
         programs = -(-units // block_r) * -(-dim // block_c)
-        _launch_sum(programs, (*tensors, table), kind, sizes, arguments, num_warps=4)
+        _launch_sum(programs, (*tensors, table), kind, sizes, arguments, num_warps=4, first=check)
 
 
 def merge_rows(
