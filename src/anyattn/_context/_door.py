@@ -15,6 +15,7 @@ from anyattn._context import _cost, _kernel, _schedule, _tables
 from anyattn._context._agreement import OthersFailed
 from anyattn._context._attention import ContextAttention, Run
 from anyattn._context._checks import Asked, checked, request_of
+from anyattn._context._exchange import head_start_of
 from anyattn._context._heads import HeadExchange, HeadShares
 from anyattn._context._kernel import Options, Terms
 from anyattn._context._plan import ContextPlan
@@ -273,7 +274,9 @@ def _run(
         heads = HeadExchange(HeadShares(shape.heads, q.shape[2], k.shape[2]), groups[-1])
     job = Job(tables, options, sequence_group, _groups(plan, batch, q, k, v) if heads is None else 1, dense=dense)
     if _seconds(plan, batch, q, v) > LEAST:
-        job = replace(job, halves=heads is None and k.shape[2] % 2 == 0, head_start=q.is_cuda)
+        job = replace(
+            job, halves=heads is None and k.shape[2] % 2 == 0, head_start=head_start_of(sequence_group, q.device)
+        )
     slopes = None if t.alibi_slopes is None else t.alibi_slopes.detach()
     assert t.mask is None or isinstance(t.mask, Tensor)
     terms = Terms(slopes, t.bias, t.mask, seed)

@@ -35,8 +35,8 @@ class Job:
     """In how many parts the keys of a stage travel."""
     halves: bool = False
     """Where results are not merged, the local stage is computed in two parts: what travels has both to hide behind."""
-    head_start: bool = False
-    """What travels is let begin before a kernel fills the GPU."""
+    head_start: int = 0
+    """Cycles by which what travels is let begin before a kernel fills the GPU."""
     dense: bool = False
     """Terms over (seq_q, seq_k): every call has 4-D tensors."""
 
