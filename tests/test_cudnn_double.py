@@ -38,10 +38,14 @@ def machine(version: str = cudnn.NEWEST, library: int = 91900, on: str = "sm90")
     interface = double.Interface(version, library, {"sm90": 90, "sm100": 100, "sm120": 120}[on])
     module = ModuleType("cudnn")
     module.__dict__.update(interface.module())
-    empty, new_empty = torch.empty, Tensor.new_empty
+    names = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"), (Tensor, "new_empty_strided"))
 
-    def poisoned(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x
+    def poisoned(make: Any) -> Any:
+        def made(*args: Any, **given: Any) -> Tensor:
+            x: Tensor = make(*args, **given)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return made
 
     with ExitStack() as stack:
         stack.enter_context(pretend(on, cudnn=version))
@@ -50,8 +54,8 @@ def machine(version: str = cudnn.NEWEST, library: int = 91900, on: str = "sm90")
         sys.modules["cudnn"] = module
         stack.callback(sys.modules.pop, "cudnn")
         stack.enter_context(mock.patch.object(graphs, "current_stream", return_value=7))
-        stack.enter_context(mock.patch.object(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k))))
-        stack.enter_context(mock.patch.object(Tensor, "new_empty", lambda x, *a, **k: poisoned(new_empty(x, *a, **k))))
+        for owner, name in names:
+            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
         double.forget()
         stack.callback(double.forget)
         yield interface
@@ -356,3 +360,35 @@ def test_another_library_than_torch_has_is_said(caplog: pytest.LogCaptureFixture
     with machine(), mock.patch.object(torch.backends.cudnn, "version", return_value=91002):
         cudnn.load()
     assert "found cuDNN 9.19.0, and torch has 9.10.2" in caplog.text
+
+
+def test_a_small_workspace_is_kept_for_the_default_stream_alone() -> None:
+    """Another stream may be captured in a CUDA graph, whose replays would share it with later calls."""
+    q = torch.randn(1, 8, 2, 16, dtype=torch.bfloat16)
+    with machine() as frontend:
+        given: list[tuple[int, int]] = []
+        execute = double.ByPosition.execute
+
+        def recorded(graph: Any, tensors: Any, workspace: Tensor, handle: Any, tensor_uids: Any = None) -> None:
+            given.append((handle.stream, id(workspace)))
+            held.append(workspace)
+            execute(graph, tensors, workspace, handle, tensor_uids)
+
+        held: list[Tensor] = []
+        with mock.patch.object(double.ByPosition, "execute", recorded):
+            for stream in (0, 0, 9, 9, 0):
+                with mock.patch.object(graphs, "current_stream", return_value=stream):
+                    anyattn.attention(q, q, q, backend="cudnn")
+        assert [stream for stream, _ in given] == [0, 0, 9, 9, 0]
+        of_default = {place for stream, place in given if stream == 0}
+        assert len(of_default) == 1
+        assert len({place for _, place in given} - of_default) == 2
+        assert frontend.runs == frontend.runs_by_position == 5
+
+
+def test_older_versions_get_tensors_by_name() -> None:
+    q = torch.randn(1, 8, 2, 16, dtype=torch.bfloat16)
+    with machine("1.31.0") as frontend:
+        found = anyattn.attention(q, q, q, backend="cudnn")
+        assert (frontend.runs, frontend.runs_by_position) == (1, 0)
+    torch.testing.assert_close(found, anyattn.attention(q, q, q, backend="reference"), rtol=2e-2, atol=2e-2)

@@ -145,30 +145,49 @@ def test_a_block_mask_of_small_blocks_is_made_coarser() -> None:
 def test_gradients_of_an_lse_that_is_not_the_kernels_own(with_dlse: bool) -> None:
     """A sink, or a merge, changes out and lse after the kernel: its graph gives the gradients all the same."""
     q, k, v, sink = (torch.randn(*shape).requires_grad_() for shape in ((2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 4), (3,)))
-    dout, dlse = torch.randn(2, 5, 3, 4), torch.randn(2, 3, 5) if with_dlse else None
+    dout, dlse = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5) if with_dlse else None
     scores = torch.einsum("bshd,bkhd->bhsk", q, k)
 
     def attend(extra: Tensor | None) -> tuple[Tensor, Tensor]:
         lse = torch.logsumexp(scores, -1)
         final = lse if extra is None else torch.logaddexp(lse, extra[:, None])
-        return torch.einsum("bhsk,bkhd->bshd", torch.exp(scores - final[..., None]), v), final
+        return torch.einsum("bhsk,bkhd->bhsd", torch.exp(scores - final[..., None]), v), final
 
     held = flex._Held(*attend(None), (q, k, v))
     out, lse = (x.detach() for x in attend(sink))
     expected = torch.autograd.grad(
         attend(sink), (q, k, v), (dout, torch.zeros_like(lse) if dlse is None else dlse), retain_graph=True
     )
-    incoming = flex._as_of_own(held, Saved(out, lse, None), dout, dlse)
+    incoming = flex._as_of_own(held, out, lse, dout, dlse)
     found = torch.autograd.grad((held.out, held.lse), (q, k, v), incoming)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_backward_without_an_lse_that_nobody_asked_for(packed: bool) -> None:
+    """The graph is the kernel's own, and so are out and lse: dout goes through it as it is, once."""
+    leaves = tuple(torch.randn(1, 5, 3, 8).requires_grad_() for _ in "qkv")
+    graphs = [torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves)) for _ in "ab"]
+    dout = torch.randn(1, 5, 3, 8)
+    expected = torch.autograd.grad(graphs[0].transpose(1, 2), leaves, dout)
+    nothing: Any = None  # as saved where spec.need_lse is False
+    rows = Packing.from_lengths([5])._rows if packed else None
+    out, given = (x[0] if packed else x for x in (graphs[1].detach().transpose(1, 2), dout))
+    q, k, v = (x.detach()[0] if packed else x.detach() for x in leaves)
+    held = flex._Held(graphs[1], None, leaves)
+    call = Call(q, k, v, spec(needs_backward=True), "cuda", rows, rows)
+    found = flex.backward(call, Saved(out, nothing, None, held), given, None)
+    assert held.used
+    for mine, theirs in zip(found[:3], expected, strict=True):
+        torch.testing.assert_close(mine, theirs[0] if packed else theirs)
+
+
 def test_rows_that_see_nothing_but_a_sink_have_no_gradient() -> None:
-    out, nothing = torch.zeros(1, 3, 1, 4), torch.full((1, 1, 3), -torch.inf)
+    out, nothing = torch.zeros(1, 1, 3, 4), torch.full((1, 1, 3), -torch.inf)
     held = flex._Held(out, nothing, ())
     for final in (nothing, torch.zeros(1, 1, 3)):
-        for x in flex._as_of_own(held, Saved(out, final, None), torch.full_like(out, 1e30), torch.ones(1, 1, 3)):
+        for x in flex._as_of_own(held, out, final, torch.full_like(out, 1e30), torch.ones(1, 1, 3)):
             assert not x.any()
 
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anyattn import _core
-from anyattn._call import Saved
+from anyattn._call import Call, Result, Saved
 from anyattn._core import Inputs, Prepared
 from anyattn._errors import Unsupported
+
+
+class Kept(NamedTuple):
+    """What the graph keeps, beside tensors."""
+
+    p: Prepared
+    x: Inputs
+    held: Any
+    """For one backward."""
+    more: bool
+    """There are saved tensors of a sink, bias, dropout, ALiBi or a mask."""
 
 
 class Attention(torch.autograd.Function):
@@ -24,61 +35,93 @@ class Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        sink: Tensor | None,
-        bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns (out, lse or None)."""
-        enter = p.layout.enter
-        call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
-        out, lse, rng, held = _core.forward(p, call, sink)
+        sink: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns out, or (out, lse) where lse is asked for."""
+        out, lse, rng, held = _run_kernel(p, x, q, k, v, sink, bias)
         # Hooks (activation checkpointing, offloading) decide what is kept of tensors saved here; a graph keeps all.
-        ctx.held = None if held is None or _hooks_are_active() else held
-        ctx.prepared, ctx.inputs = p, x
-        if x.alibi is not None or x.mask is not None:
-            ctx.inputs = x._replace(alibi=None, mask=None)  # those two are saved, where hooks see them
-        ctx.set_materialize_grads(False)
+        held = None if held is None or _hooks_are_active() else held
         # The offsets are saved too, so that refilling a Packing before backward is an error and not a wrong gradient.
-        offsets = [None if rows is None else rows.starts for rows in (x.rows_q, x.rows_k)]
-        ctx.save_for_backward(q, k, v, sink, bias, out, lse, rng, x.alibi, x.mask, *offsets)
-        returned = p.layout.leave_lse(lse).float() if p.return_lse and lse is not None else None
-        return p.layout.leave(out), returned
+        offsets: tuple[Tensor, ...] = ()
+        if x.rows_q is not None and x.rows_k is not None:
+            offsets = (x.rows_q.starts,) if x.rows_q is x.rows_k else (x.rows_q.starts, x.rows_k.starts)
+        if sink is None and bias is None and rng is None and x.alibi is None and x.mask is None:
+            ctx.kept = Kept(p, x, held, False)
+            ctx.save_for_backward(q, k, v, out, lse, *offsets)
+        else:
+            kept = x._replace(alibi=None, mask=None)  # those two are saved, where hooks see them
+            ctx.kept = Kept(p, kept, held, True)
+            ctx.save_for_backward(q, k, v, out, lse, sink, bias, rng, x.alibi, x.mask, *offsets)
+        layout = p.layout
+        if not layout.is_identity:
+            out = layout.leave(out)
+        if not p.return_lse or lse is None:
+            return out
+        ctx.set_materialize_grads(False)
+        return out, layout.leave_lse(lse).float()
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, sink and bias, in the caller's layout."""
         saved = ctx.saved_tensors  # once: under activation checkpointing a second look raises
-        with torch.no_grad():
+        if not torch.is_grad_enabled():
+            return Attention.gradients(ctx, saved, dout, dlse)
+        with torch.no_grad():  # create_graph=True
             found = Attention.gradients(ctx, saved, dout, dlse)
-        if torch.is_grad_enabled():  # create_graph=True
-            anchors = [x for x in saved[:5] if x is not None and x.requires_grad]
-            once: Any = NoSecondBackward.apply
-            return tuple(None if g is None else once(g, *anchors) for g in found)
-        return found
+        leaves = (*saved[:3], *saved[5:7]) if ctx.kept.more else saved[:3]
+        anchors = [x for x in leaves if x is not None and x.requires_grad]
+        once: Any = NoSecondBackward.apply
+        return tuple(None if g is None else once(g, *anchors) for g in found)
 
     @staticmethod
     def gradients(
         ctx: Any, saved_tensors: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """The work of backward."""
-        p: Prepared = ctx.prepared
-        x: Inputs = ctx.inputs
-        q, k, v, sink, bias, out, lse, rng, alibi, mask, *_ = saved_tensors
+        """The work of backward: a gradient, or None, for each argument that forward was given."""
+        kept: Kept = ctx.kept
+        p, x, held, more = kept
+        q, k, v, out, lse, *_ = saved_tensors
+        sink, bias, rng, alibi, mask = saved_tensors[5:10] if more else (None,) * 5
+        given = len(ctx.needs_input_grad)
         if alibi is not None or mask is not None:
             x = x._replace(alibi=alibi, mask=mask)
         if dout is None and dlse is None:
-            return (None,) * 7
+            return (None,) * given
         dout = torch.zeros_like(out) if dout is None else p.layout.enter(dout)
         dlse = None if dlse is None else p.layout.enter_lse(dlse)
-        saved, ctx.held = Saved(out, lse, rng, ctx.held), None  # for one backward; another does without
+        saved, ctx.kept = Saved(out, lse, rng, held), kept._replace(held=None)  # another backward does without
         enter = p.layout.enter
         call = _core.make_call(p, enter(q), enter(k), enter(v), None, _four_dims(bias), x)
         dq, dk, dv, dbias = _core.backward(p, call, saved, dout, dlse)
+        leave, leave_keys = p.layout.leave, p.layout.leave_keys
+        found = None, None, leave(dq), leave_keys(dk), leave_keys(dv)
+        if given == len(found):
+            return found
         dsink = None
         if sink is not None and ctx.needs_input_grad[5]:
             dsink = _core.sink_gradient(sink, saved, dout, dlse)
-        leave, leave_keys = p.layout.leave, p.layout.leave_keys
-        shaped = None if dbias is None or bias is None else dbias.reshape(bias.shape)
-        return None, None, leave(dq), leave_keys(dk), leave_keys(dv), dsink, shaped
+        return *found, dsink, None if dbias is None or bias is None else dbias.reshape(bias.shape)
+
+
+#: ``Attention.apply`` as it is below Python. What is above it cares for torch.func transforms alone, which the door
+#: refuses, at a cost of several microseconds.
+_apply: Any = getattr(super(torch.autograd.Function, Attention), "apply", Attention.apply)
+_unwrapped: Any = torch._C._functorch.unwrap_if_dead
+
+
+def _run_kernel(
+    p: Prepared, x: Inputs, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor | None
+) -> Result:
+    """Forward, in the kernel's layout."""
+    if p.direct and bias is None:
+        call = Call(q, k, v, p.recorded, p.kernel.name, x.rows_q, x.rows_k, None, x.alibi, None, x.mask, x.block_mask)
+    else:
+        enter = p.layout.enter
+        call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
+        if p.recorded is not p.spec:
+            call = call._replace(spec=p.recorded)
+    return _core.forward(p, call, sink)
 
 
 def _hooks_are_active() -> bool:
@@ -110,11 +153,14 @@ def run(p: Prepared, x: Inputs, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | 
     """(out, lse or None) in the caller's layout, through autograd only where a gradient is needed."""
     if p.cast is not None:
         q, k, v = (t.to(p.cast) if t.dtype == torch.float32 else t for t in (q, k, v))
-    if p.needs_backward:
-        return Attention.apply(p, x, q, k, v, sink, bias)  # type: ignore[no-untyped-call]
-    layout = p.layout
-    if not layout.is_identity:
-        q, k, v = layout.enter(q), layout.enter(k), layout.enter(v)
-    out, lse, _, _ = _core.forward(p, _core.make_call(p, q, k, v, sink, _four_dims(bias), x), sink)
-    returned = layout.leave_lse(lse).float() if p.return_lse and lse is not None else None
-    return out if layout.is_identity else layout.leave(out), returned
+    if not p.needs_backward:
+        out, lse, _, _ = _run_kernel(p, x, q, k, v, sink, bias)
+        returned = p.layout.leave_lse(lse).float() if p.return_lse and lse is not None else None
+        return out if p.layout.is_identity else p.layout.leave(out), returned
+    q, k, v = _unwrapped(q), _unwrapped(k), _unwrapped(v)  # of a transform that has ended
+    if sink is None and bias is None:
+        found = _apply(p, x, q, k, v)
+    else:
+        sink, bias = None if sink is None else _unwrapped(sink), None if bias is None else _unwrapped(bias)
+        found = _apply(p, x, q, k, v, sink, bias)
+    return found if isinstance(found, tuple) else (found, None)

@@ -7,7 +7,7 @@ lse. Legend: B batch, S seq, H heads, D head_dim, T rows of a packed batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from anyattn._call import Backend, Call, Gradients, Result, Rows, Saved, Spec
 from anyattn._environment import arch_of
 from anyattn._errors import NoBackend, Refused
 from anyattn._packing import valid_rows
-from anyattn._padding import Fill, fill_gaps, pad_dims, zero_padding
+from anyattn._padding import fill_gaps, pad_dims, zero_padding
 from anyattn._problem import Problem, length_class
 from anyattn._request import Meta, Request
 from anyattn._select import Explanation, Kernel
@@ -85,12 +85,18 @@ class Prepared:
     kernel: Kernel
     backend: Backend
     spec: Spec
+    recorded: Spec
+    """The same for a forward of which autograd's graph holds all, lse included: the kernel may leave lse out."""
     layout: Layout
     packed: bool
     empty: bool
     """Nothing to compute: no kernel runs."""
     bare: bool
     """A forward with nothing to do around the kernel: no gradient, layout, padding, sink, cast or lse."""
+    direct: bool
+    """The kernel gets q, k and v as the caller has them, and no sink."""
+    final: bool
+    """What the kernel gives is the result: no sink, padding or head dim of ours, and its device is the current one."""
     fill_q: bool
     """Rows outside every sequence may be left unwritten in out and dq."""
     fill_k: bool
@@ -260,24 +266,10 @@ def _index(device: torch.device) -> int | None:
 
 
 def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Explanation, kernel: Kernel) -> Prepared:
-    left, right = _sides(request)
     core_sink = problem.sink is not None and not kernel.native_sink
     packed = problem.form == "packed"
     keys = request.packing_kv or request.packing
-    spec = Spec(
-        scale=sizes.head_dim**-0.5 if request.scale is None else float(request.scale),
-        softcap=float(request.softcap or 0.0),
-        left=left,
-        right=right,
-        top_left=problem.top_left,
-        dropout=float(request.dropout),
-        deterministic=problem.deterministic,
-        need_lse=problem.needs_backward or problem.return_lse or core_sink,
-        equal_lengths=problem.relation == "equal",
-        sees_key=_sees_key(problem),
-        needs_backward=problem.needs_backward,
-        bias_grad=problem.bias_grad,
-    )
+    spec = _spec(request, sizes, problem, core_sink)
     sequences = 1 if request.packing is None else request.packing[0]
     dims = (sizes.batch, sequences, sizes.seq_q, sizes.seq_k, sizes.num_heads, problem.seqlen_q, problem.seqlen_k)
     gaps_q = packed and _has_gaps(request.packing or (), sizes, sizes.seq_q)
@@ -293,23 +285,31 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         sizes.head_dim_v,
         sizes.layout == "thd" or (sizes.layout == "bshd" and not packed),
     )
+    backend = get_backend(kernel.backend)
     around = (
         problem.needs_backward, problem.return_lse, problem.sink is not None, gaps_q, gaps_k, sanitize, 0 in dims,
         request.autocast is not None, not layout.is_identity, kernel.dims is not None,
     )  # fmt: skip
+    fill_q = gaps_q and not (kernel.writes_gaps and _written(request.packing or (), sizes, sizes.seq_q))
+    fill_lse = gaps_q and (problem.return_lse or problem.sink is not None)
+    device = _index(request.q.device)
+    left_to_do = core_sink, fill_q, fill_lse, 0 in dims, kernel.dims is not None, device is not None
     return Prepared(
         request=request,
         explanation=explanation,
         kernel=kernel,
-        backend=get_backend(kernel.backend),
+        backend=backend,
         spec=spec,
+        recorded=_recorded(spec, problem, backend),
         layout=layout,
         packed=packed,
         empty=0 in dims,
         bare=not any(around),
-        fill_q=gaps_q and not (kernel.writes_gaps and _written(request.packing or (), sizes, sizes.seq_q)),
+        direct=layout.is_identity and not sanitize and kernel.dims is None and problem.sink is None,
+        final=not any(left_to_do),
+        fill_q=fill_q,
         fill_k=gaps_k and not (kernel.writes_gaps and _written(keys or (), sizes, sizes.seq_k)),
-        fill_lse=gaps_q and (problem.return_lse or problem.sink is not None),
+        fill_lse=fill_lse,
         sanitize=sanitize,
         dims=kernel.dims,
         needs_backward=problem.needs_backward,
@@ -317,8 +317,32 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
         core_sink=core_sink,
         cast=request.autocast,
         lse_dtype=torch.float64 if problem.dtype == "float64" else torch.float32,
-        device=_index(request.q.device),
+        device=device,
     )
+
+
+def _spec(request: Request, sizes: Sizes, problem: Problem, core_sink: bool) -> Spec:
+    left, right = _sides(request)
+    return Spec(
+        scale=sizes.head_dim**-0.5 if request.scale is None else float(request.scale),
+        softcap=float(request.softcap or 0.0),
+        left=left,
+        right=right,
+        top_left=problem.top_left,
+        dropout=float(request.dropout),
+        deterministic=problem.deterministic,
+        need_lse=problem.needs_backward or problem.return_lse or core_sink,
+        equal_lengths=problem.relation == "equal",
+        sees_key=_sees_key(problem),
+        needs_backward=problem.needs_backward,
+        bias_grad=problem.bias_grad,
+    )
+
+
+def _recorded(spec: Spec, problem: Problem, backend: Backend) -> Spec:
+    """A spec without lse, where only the backward of a backend that keeps its own would look at it."""
+    seen = problem.return_lse or problem.sink is not None or not getattr(backend, "KEEPS_LSE", False)
+    return spec if seen else replace(spec, need_lse=False, memo={})
 
 
 def run_accepted(prepare: Callable[[], Prepared], run: Callable[[Prepared], T], drop: Callable[[], None]) -> T:
@@ -366,6 +390,8 @@ def make_call(
 
 def forward(p: Prepared, call: Call, sink: Tensor | None) -> Result:
     """Run the kernel; apply the sink; make padding exact."""
+    if p.final:
+        return p.backend.forward(call)
     if p.empty:
         out, lse, rng, held = _empty_result(p, call)
     elif on_current_device(p):
@@ -380,10 +406,11 @@ def forward(p: Prepared, call: Call, sink: Tensor | None) -> Result:
         out = _cut(out, p.layout.head_dim_v)
     if p.fill_q or p.fill_lse:
         assert call.rows_q is not None
-        fills: list[Fill] = [(out, 0, 0.0)] if p.fill_q else []
-        if p.fill_lse and lse is not None:
-            fills.append((lse, 1, NEG_INF))
-        fill_gaps(call.rows_q, *fills)
+        rows, of_out = call.rows_q, (out, 0, 0.0)
+        if not p.fill_lse or lse is None:
+            fill_gaps(rows, of_out)
+        else:
+            fill_gaps(rows, *((of_out,) if p.fill_q else ()), (lse, 1, NEG_INF))
     return Result(out, lse, rng, held)
 
 

@@ -99,7 +99,8 @@ class Handle:
 class Interface:
     """What ``import cudnn`` would give.
 
-    ``built`` are the graphs whose plans were built, ``runs`` how many times one ran.
+    ``built`` are the graphs whose plans were built, ``runs`` how many times one ran, ``runs_by_position`` how many of
+    these got tensors by position.
     """
 
     version: str = "1.32.0"
@@ -107,6 +108,7 @@ class Interface:
     arch: int = 90
     built: list[Graph] = field(default_factory=list)
     runs: int = 0
+    runs_by_position: int = 0
     handles: list[Handle] = field(default_factory=list)
 
     def module(self) -> Mapping[str, Any]:
@@ -120,13 +122,17 @@ class Interface:
             "cudnnGraphNotSupportedError": GraphNotSupported,
             "create_handle": self.create_handle,
             "set_stream": set_stream,
-            "pygraph": lambda **given: Graph(self, **given),
+            "pygraph": lambda **given: (ByPosition if _numbers(self.version) >= (1, 32) else Graph)(self, **given),
         }
 
     def create_handle(self) -> Handle:
         """cudnn.create_handle."""
         self.handles.append(Handle())
         return self.handles[-1]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def set_stream(handle: Handle, stream: int) -> None:
@@ -276,6 +282,23 @@ class Graph:
             _Run(self, tensors).work()
         finally:
             handle.lock.release()
+
+
+class ByPosition(Graph):
+    """As in 1.32, where tensors can be given by position too."""
+
+    def execute(
+        self, tensors: Mapping[int, Tensor] | list[Tensor], workspace: Tensor, handle: Handle,
+        tensor_uids: tuple[int, ...] | None = None,
+    ) -> None:  # fmt: skip
+        """As ``Graph.execute``; with ``tensor_uids``, from a list of tensors and their uids."""
+        if tensor_uids is not None:
+            assert len(set(tensor_uids)) == len(tensor_uids), "a uid twice"
+            assert isinstance(tensors, list)
+            tensors = dict(zip(tensor_uids, tensors, strict=True))
+            self.machine.runs_by_position += 1
+        assert isinstance(tensors, Mapping)
+        super().execute(tensors, workspace, handle)
 
 
 _COMMON: dict[str, Any] = dict.fromkeys(

@@ -111,20 +111,24 @@ def _places(call: Call, cu_q: Tensor, cu_k: Tensor) -> _Places:
     return derived(call.rows_q, call.rows_k, ("efficient", rows), make)
 
 
+_ALL = slice(None)
+_WHOLE: list[_Heads] = [(_ALL, _ALL)]
+
+
 def _launches(q: Tensor, k: Tensor) -> list[_Heads]:
     heads, kv_heads = q.shape[2], k.shape[2]
+    if heads == kv_heads:
+        return _WHOLE
     group = heads // kv_heads
-    if group == 1:
-        return [(slice(None), slice(None))]
     if kv_heads <= group:
         return [(slice(g * group, (g + 1) * group), slice(g, g + 1)) for g in range(kv_heads)]
-    return [(slice(i, None, group), slice(None)) for i in range(group)]
+    return [(slice(i, None, group), _ALL) for i in range(group)]
 
 
 def _part(x: _Problem, heads: _Heads) -> _Problem:
     """The problem of one launch."""
     of_q, of_k = heads
-    if x.q.shape[2] == x.k.shape[2]:  # all of it
+    if of_q is _ALL:
         return x
     q = x.q[:, :, of_q]
     k, v = (t[:, :, of_k].expand(-1, -1, q.shape[2], -1) for t in (x.k, x.v))
@@ -140,6 +144,8 @@ def forward(call: Call) -> Result:
     x = _problem(call)
     launches = _launches(x.q, x.k)
     if len(launches) == 1:
+        if not call.spec.dropout:
+            return _result(call, x, *_launch(call, _part(x, launches[0])))
         with seeded(call):
             out, lse, rng = _launch(call, _part(x, launches[0]))
     else:
@@ -167,7 +173,7 @@ def _result(call: Call, x: _Problem, out: Tensor, lse: Tensor | None, rng: Tenso
     """Rows without keys made canonical, in (B, S, H, D) and (B, H, S), or (T, H, D) and (H, T)."""
     if x.places is None:
         if lse is not None:
-            lse = lse[..., : x.max_q]
+            lse = lse if lse.shape[2] == x.max_q else lse.narrow(2, 0, x.max_q)
             lse = lse if x.dead is None else lse.masked_fill(x.dead, -INF)
         return Result(out if x.dead is None else without_dead_rows(out, x.dead), lse, rng)
     sequence, row, dead = x.places

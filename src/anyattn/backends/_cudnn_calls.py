@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -310,15 +310,27 @@ def _packed_plan(
     return _Plan(recipes_of(recipe, spec), count, of_k, of_q, ("cudnn", count, of_k, of_q, wide))
 
 
+def _found_plan(q: Tensor, k: Tensor, v: Tensor, rows_q: Rows, rows_k: Rows, spec: Spec) -> _Plan:
+    return _packed_plan(
+        q.device.index or 0, q.dtype, (q.shape, q.stride()), (k.shape, k.stride()), (v.shape, v.stride()),
+        rows_q.lengths.shape[0], (rows_q.max_seqlen, rows_k.max_seqlen), spec,
+    )  # fmt: skip
+
+
 def _packed(call: Call) -> Described:
     rows_q, rows_k = call.rows_q, call.rows_k
     assert rows_q is not None
     assert rows_k is not None
     q, k, v = aligned(call.q), aligned(call.k), aligned(call.v)
-    plan = _packed_plan(
-        q.device.index or 0, q.dtype, (q.shape, q.stride()), (k.shape, k.stride()), (v.shape, v.stride()),
-        rows_q.lengths.shape[0], (rows_q.max_seqlen, rows_k.max_seqlen), call.spec,
+    key = (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), rows_q.lengths.shape[0], rows_q.max_seqlen,
+        rows_k.max_seqlen, q.dtype, q.device,
     )  # fmt: skip
+    # The last one: most models call alike from layer to layer, and comparing costs less than hashing.
+    last: tuple[Any, _Plan] | None = call.spec.memo.get("cudnn")
+    if last is None or last[0] != key:
+        last = call.spec.memo["cudnn"] = (key, _found_plan(q, k, v, rows_q, rows_k, call.spec))
+    plan = last[1]
     tables = derived(rows_q, rows_k, plan.key, lambda: _tables(rows_q, rows_k, plan))
     return Described(plan.recipes, {graphs.Q: q, graphs.K: k, graphs.V: v, **tables}, by_token=True)
 

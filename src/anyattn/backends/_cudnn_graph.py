@@ -8,6 +8,7 @@ of N means nothing: ragged offsets, in elements, say where each sequence begins.
 from __future__ import annotations
 
 import importlib
+import inspect
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
@@ -27,6 +28,9 @@ RAGGED = 32
 
 #: A workspace above this is refused: the deterministic backward on sm90, and that of a bias, keep all scores there.
 LARGEST_WORKSPACE = 4 << 30
+
+#: One of at most so many bytes is kept with its graph, for the default stream.
+KEPT_WORKSPACE = 1 << 16
 
 _DTYPES = {torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT"}
 
@@ -108,6 +112,9 @@ class Graph:
         self._graph = graph
         self._size = max(int(graph.get_workspace_size()), 1)
         self._lock = threading.Lock()
+        #: Tensors by position, with their names beside: that form passes through none of the package's Python.
+        self._by_position = _takes_names(graph)
+        self._workspace: Tensor | None = None
         if self._size > LARGEST_WORKSPACE:
             raise Refused(
                 f"cuDNN needs a workspace of {self._size / 2**30:.1f} GiB for these lengths, more than the "
@@ -115,16 +122,41 @@ class Graph:
             )
 
     def run(self, tensors: Mapping[int, Tensor], device: torch.device) -> None:
-        """Launch on the current stream. The workspace comes from torch's allocator: streams and captures own it."""
-        workspace = torch.empty(self._size, dtype=torch.uint8, device=device)
+        """Launch on the current stream."""
+        stream = current_stream(device)
         pool = _handles[device.index or 0]
         handle = _taken(pool)
         try:
-            cudnn.set_stream(handle=handle, stream=current_stream(device))
+            cudnn.set_stream(handle=handle, stream=stream)
             with self._lock:
-                self._graph.execute(tensors, workspace, handle=handle)
+                workspace = self._workspace if stream == 0 else None
+                if workspace is None:
+                    workspace = self._fresh_workspace(stream, device)
+                if self._by_position:
+                    self._graph.execute([*tensors.values()], workspace, handle=handle, tensor_uids=(*tensors,))
+                else:
+                    self._graph.execute(tensors, workspace, handle=handle)
         finally:
             pool.append(handle)
+
+    def _fresh_workspace(self, stream: int, device: torch.device) -> Tensor:
+        """From torch's allocator: streams and captures own it.
+
+        A small one is kept for the default stream, which no CUDA graph can capture, and on which the lock keeps the
+        launches of one run together: nothing else writes to it in between.
+        """
+        workspace = torch.empty(self._size, dtype=torch.uint8, device=device)
+        if stream == 0 and self._size <= KEPT_WORKSPACE:
+            self._workspace = workspace
+        return workspace
+
+
+def _takes_names(graph: Any) -> bool:
+    """Whether ``execute`` takes tensors by position: since 1.32."""
+    try:
+        return "tensor_uids" in inspect.signature(graph.execute).parameters
+    except ValueError:  # a compiled function, as in older versions
+        return False
 
 
 #: Idle cuDNN handles by device: no handle serves two threads at a time.

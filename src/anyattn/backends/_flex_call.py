@@ -36,7 +36,16 @@ class Run(NamedTuple):
 
 
 def run_of(call: Call, lse: bool, options: tuple[tuple[str, Any], ...]) -> Run:
-    """All that a call's compiled function needs; options are the kernel's."""
+    """All that a call's compiled function needs; options are the kernel's. Kept where a packing says all of it."""
+    given = any(x is not None for x in (call.alibi, call.bias, call.mask, call.block_mask))
+    if given or call.rows_q is None or call.rows_k is None:
+        return _made_run(call, lse, options)
+    key = ("run", call.q.is_cuda, call.q.shape[0], call.k.shape[0], call.spec, lse, options)
+    found: Run = derived(call.rows_q, call.rows_k, key, lambda: _made_run(call, lse, options))
+    return found
+
+
+def _made_run(call: Call, lse: bool, options: tuple[tuple[str, Any], ...]) -> Run:
     spec, own = call.spec, None if call.block_mask is None else call.block_mask.mask_mod
     (bias, bias_dims), (mask, mask_dims) = spanned(call.bias), spanned(call.mask)
     terms = Terms(slopes=call.alibi, bias=bias, mask=mask)

@@ -1,8 +1,8 @@
 """FlexAttention, compiled once per kind of call.
 
-``attend`` is what torch.compile traces: scores and masks are closures made while tracing, over tensors that enter as
-arguments. So no closure is guarded on, and new values, lengths and windows compile nothing. Legend: B batch, S rows,
-H heads, D head_dim.
+``attend_by_head`` is what torch.compile traces: scores and masks are closures made while tracing, over tensors that
+enter as arguments. So no closure is guarded on, and new values, lengths and windows compile nothing. Legend: B batch,
+S rows, H heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -75,7 +75,18 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def attend(
     kind: Kind, q: Tensor, k: Tensor, v: Tensor, terms: Terms, tables: Tables | None, own: MaskMod | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) from (B, S, H, D). Only ever traced: FlexAttention that is not compiled keeps all scores in memory."""
+    """(out, lse), out (B, S, H, D), from tensors like it: see ``attend_by_head``."""
+    out, lse = attend_by_head(kind, q, k, v, terms, tables, own)
+    return out.transpose(1, 2), lse
+
+
+def attend_by_head(
+    kind: Kind, q: Tensor, k: Tensor, v: Tensor, terms: Terms, tables: Tables | None, own: MaskMod | None
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) from (B, S, H, D), out (B, H, S, D), as the kernel has it: a view costs the host least outside.
+
+    Only ever traced: FlexAttention that is not compiled keeps all scores in memory.
+    """
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
     if not torch.compiler.is_compiling():
@@ -98,7 +109,7 @@ def attend(
         kernel_options=dict(kind.options), return_aux=AuxRequest(lse=True) if kind.lse else None,
     )  # fmt: skip
     out, lse = (found[0], found[1].lse) if kind.lse else (found, None)
-    return out[..., :dim_v].transpose(1, 2), lse
+    return out if out.shape[-1] == dim_v else out[..., :dim_v], lse
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -186,7 +197,7 @@ _compiled: dict[Any, Any] = {}
 
 
 def compiled(kind: Kind, q: Tensor, k: Tensor, v: Tensor, own: MaskMod | None, grad: bool) -> Any:
-    """``attend`` for one kind of call, compiled: takes q, k, v, terms, tables and own.
+    """``attend_by_head`` for one kind of call, compiled: takes q, k, v, terms, tables and own.
 
     Dynamo counts compilations per code object and gives up after eight, so each kind has a code object of its own. The
     kind stands in it as a literal: as an argument, its numbers would become symbols. CUDA kernels are compiled for any
@@ -216,7 +227,8 @@ def _key(kind: Kind, q: Tensor, k: Tensor, v: Tensor, own: MaskMod | None, grad:
 
 def _entry(kind: Kind) -> Any:
     """A function of its own code object, in which the kind is a literal."""
-    source = f"def entry(q, k, v, terms, tables, own):\n    return attend({kind!r}, q, k, v, terms, tables, own)\n"
-    names: dict[str, Any] = {"attend": attend, "Kind": Kind}
+    call = f"attend_by_head({kind!r}, q, k, v, terms, tables, own)"
+    source = f"def entry(q, k, v, terms, tables, own):\n    return {call}\n"
+    names: dict[str, Any] = {"attend_by_head": attend_by_head, "Kind": Kind}
     exec(compile(source, __file__, "exec"), names)
     return names["entry"]

@@ -220,13 +220,13 @@ def forward(call: Call) -> Result:
     graph = recipes.forward_graph()
     if spec.needs_backward:
         recipes.backward_graph()
-    q = call.q
-    out = tensors[graphs.OUT] = q.new_empty(*q.shape[:-1], call.v.shape[-1])
+    q, dim_v = call.q, call.v.shape[-1]
+    whole = q.shape[-1] == dim_v  # one allocation like another costs the host least
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if whole else q.new_empty(*q.shape[:-1], dim_v)
+    tensors[graphs.OUT] = out
     stats = None
     if spec.need_lse:
-        # By token it is (T, H), of which the contract's (H, T) is a view.
-        shape = q.shape[:-1] if by_token else (q.shape[0], q.shape[2], q.shape[1])
-        stats = tensors[graphs.STATS] = torch.empty(shape, dtype=torch.float32, device=q.device)
+        stats = tensors[graphs.STATS] = _fresh_lse(q, by_token)
     if packed and not spec.sees_key:  # a sequence without keys is left unwritten
         out.zero_()
         if stats is not None:
@@ -237,7 +237,18 @@ def forward(call: Call) -> Result:
             rng = torch.randint(0, 1 << 31, (2,), dtype=torch.int64, device=q.device)
         tensors[graphs.SEED], tensors[graphs.OFFSET] = rng[:1], rng[1:]
     graph.run(tensors, q.device)
-    return Result(out, stats.transpose(-1, -2) if by_token and stats is not None else stats, rng)
+    return Result(out, stats, rng)
+
+
+def _fresh_lse(q: Tensor, by_token: bool) -> Tensor:
+    """Memory for lse: (H, T), or (B, H, S). By token, the heads of a row follow one another in it."""
+    if q.ndim == 3:
+        rows, heads, _ = q.shape
+        return q.new_empty_strided((heads, rows), (1, heads), dtype=torch.float32)
+    batch, seq, heads, _ = q.shape
+    if by_token:
+        return q.new_empty_strided((batch, heads, seq), (seq * heads, 1, heads), dtype=torch.float32)
+    return q.new_empty(batch, heads, seq, dtype=torch.float32)
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:

@@ -18,7 +18,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -30,7 +30,7 @@ from anyattn._capability import ALWAYS, Capability, HeadDims, Reason, Row
 from anyattn._environment import Probe, module_exists, one_line, torch_version
 from anyattn._errors import Refused
 from anyattn._problem import Problem
-from anyattn.backends._flex_call import entries_of, run_of, spanned
+from anyattn.backends._flex_call import Run, entries_of, run_of, spanned
 from anyattn.backends._flex_compiled import compiled, forget, kernel_options
 from anyattn.backends._flex_tiles import shrink, tile_options
 
@@ -38,6 +38,8 @@ NAME = "flex"
 TITLE = "FlexAttention, torch's compiler for any mask"
 INSTALL = "pip install torch"
 NEWEST = "2.13.0"
+#: Its graph holds the lse that its backward needs: none is asked for where nobody else looks at it.
+KEEPS_LSE = True
 #: torch.compile traces it with a BlockMask, whose function no custom op takes.
 TRACES_BLOCK_MASKS = True
 
@@ -150,22 +152,24 @@ def load() -> None:
 
 
 class _Held:
-    """A forward's graph, for one backward. Tensors are (B, S, H, D), and lse (B, H, S)."""
+    """A forward's graph, for one backward: out (B, H, S, D), lse (B, H, S) or None, and leaves as (B, S, H, D)."""
 
-    def __init__(self, out: Tensor, lse: Tensor, leaves: tuple[Tensor, ...]) -> None:
+    def __init__(self, out: Tensor, lse: Tensor | None, leaves: tuple[Tensor, ...]) -> None:
         self.out, self.lse, self.leaves = out, lse, leaves
         self.returned: Tensor | None = None
         """lse as forward returned it."""
         self.used = False
 
 
-@contextmanager
-def _recording() -> Iterator[None]:
+def _recording() -> AbstractContextManager[Any]:
     """Autograd on, also within a custom op: dispatch leaves it, and functorch, out there. As in a thread of its own."""
     if not torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradFunctionality):
-        with torch.enable_grad():
-            yield
-        return
+        return torch.enable_grad()
+    return _outside_dispatch()
+
+
+@contextmanager
+def _outside_dispatch() -> Iterator[None]:
     with torch._C._ForceDispatchKeyGuard(*_untouched_dispatch()), torch.enable_grad():
         yield
 
@@ -185,14 +189,15 @@ def _untouched_dispatch() -> tuple[Any, Any]:
 
 
 def _compiled_call(call: Call, q: Tensor, k: Tensor, v: Tensor, lse: bool, bias: Tensor | None = None) -> Any:
-    """(out, lse or None) from (B, S, H, D), and from a leaf in place of bias."""
+    """(out, lse or None) from (B, S, H, D), out as (B, H, S, D), and from a leaf in place of bias."""
     run = run_of(call, lse, (*_options, *tile_options(call)) if q.is_cuda else ())
     if bias is not None:
         run = run._replace(terms=run.terms._replace(bias=bias))
-    function = compiled(run.kind, q, k, v, run.own, torch.is_grad_enabled())
+    function = _function(call, run, q, k, v)
     try:
         return function(q, k, v, run.terms, run.tables, run.own)
     except torch._dynamo.exc.FailOnRecompileLimitHit:  # many masks of one function: a new code object has a new count
+        call.spec.memo.pop("flex", None)
         forget(run.kind, q, k, v, run.own, torch.is_grad_enabled())
     except Exception as error:
         if not _does_not_compile(error):
@@ -200,6 +205,18 @@ def _compiled_call(call: Call, q: Tensor, k: Tensor, v: Tensor, lse: bool, bias:
         if not shrink("fwd", call, error):
             raise Refused(f"it does not compile: {one_line(getattr(error, 'inner_exception', error))}") from error
     return _compiled_call(call, q, k, v, lse, bias)
+
+
+def _function(call: Call, run: Run, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """What ``compiled`` returns. The last one is kept: comparing costs less than hashing all that is constant in it."""
+    grad = torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or run.own is not None:
+        return compiled(run.kind, q, k, v, run.own, grad)
+    key = (run.kind, q.shape, k.shape, v.shape, q.dtype, grad)
+    last = call.spec.memo.get("flex")
+    if last is None or last[0] != key:
+        last = call.spec.memo["flex"] = (key, compiled(run.kind, q, k, v, None, grad))
+    return last[1]
 
 
 def _does_not_compile(error: Exception) -> bool:
@@ -222,15 +239,17 @@ def _unflattened(call: Call, x: Tensor) -> Tensor:
 
 
 def _leave(call: Call, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) as the call has them."""
-    out = out.detach()
+    """(out, lse) as the call has them, from out (B, H, S, D) and lse (B, H, S)."""
+    out = out.detach().transpose(1, 2)
     lse = None if lse is None else lse.detach()
     if call.rows_q is None:
         return out, lse
+    if out.shape[0] == 1:
+        return out.squeeze(0), None if lse is None else lse.squeeze(0)
     return out.flatten(0, 1), None if lse is None else lse.transpose(0, 1).flatten(1, 2)
 
 
-def _with_graph(call: Call) -> _Held:
+def _with_graph(call: Call, lse: bool) -> _Held:
     """Forward on leaves of its own. Bias enters in float32: its gradient is a sum over all that it is broadcast to."""
     with _recording():
         leaves = [x.requires_grad_() for x in _enter(call)]
@@ -239,14 +258,14 @@ def _with_graph(call: Call) -> _Held:
         if bias is not None:
             bias = bias.float().detach().requires_grad_()
             leaves.append(bias)
-        out, lse = _compiled_call(call, leaves[0], leaves[1], leaves[2], True, bias)
-    return _Held(out, lse, tuple(leaves))
+        out, own_lse = _compiled_call(call, leaves[0], leaves[1], leaves[2], lse, bias)
+    return _Held(out, own_lse, tuple(leaves))
 
 
 def forward(call: Call) -> Result:
     """See ``Backend.forward``."""
     if call.spec.needs_backward:
-        held = _with_graph(call)
+        held = _with_graph(call, call.spec.need_lse)
         out, held.returned = _leave(call, held.out, held.lse)
         return Result(out, held.returned, held=held)
     with torch.no_grad():
@@ -267,17 +286,22 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
 
 def _backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:
     held: _Held | None = saved.held
+    lse: Tensor | None = saved.lse
     if held is None or held.used:
-        held = _with_graph(call)
+        held = _with_graph(call, lse is not None)
     held.used = True
-    final = held.returned is not None and held.returned.data_ptr() == saved.lse.data_ptr()
+    # Where nobody asked for lse, nothing can have changed it.
+    final = lse is None or (held.returned is not None and held.returned.data_ptr() == lse.data_ptr())
+    out = saved.out
     if call.rows_q is not None:
-        saved = saved._replace(out=_unflattened(call, saved.out), lse=_lse_unflattened(call, saved.lse))
-        dout, dlse = _unflattened(call, dout), None if dlse is None else _lse_unflattened(call, dlse)
-    if not final:
-        dout, dlse = _as_of_own(held, saved, dout, dlse)
+        out, dout = _unflattened(call, out), _unflattened(call, dout)
+        lse = None if lse is None else _lse_unflattened(call, lse)
+        dlse = None if dlse is None else _lse_unflattened(call, dlse)
+    dout = dout.transpose(1, 2)
+    if not final and lse is not None:
+        dout, dlse = _as_of_own(held, out.transpose(1, 2), lse, dout, dlse)
     outputs, incoming = [held.out], [dout.to(held.out.dtype)]
-    if dlse is not None:
+    if dlse is not None and held.lse is not None:
         outputs.append(held.lse)
         incoming.append(dlse)
     found = list(torch.autograd.grad(outputs, held.leaves, incoming))
@@ -295,15 +319,17 @@ def _lse_unflattened(call: Call, lse: Tensor) -> Tensor:
     return shaped.transpose(0, 1)
 
 
-def _as_of_own(held: _Held, saved: Saved, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gradients of the kernel's own out and lse that say what dout and dlse say of the final ones.
+def _as_of_own(held: _Held, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of the kernel's own out and lse that say what dout and dlse say of the final ones, out and lse.
 
-    A backward uses p = exp(score - lse) and delta = rowsum(dout * out) - dlse. With r = exp(own lse - final lse), the
-    final p is r times the own one: so dout becomes r * dout, and dlse what makes delta r times the final delta.
+    All are (B, H, S, D) or (B, H, S). A backward uses p = exp(score - lse) and delta = rowsum(dout * out) - dlse. With
+    r = exp(own lse - final lse), the final p is r times the own one: so dout becomes r * dout, and dlse what makes
+    delta r times the final delta.
     """
-    ratio = torch.exp(held.lse.detach() - saved.lse).nan_to_num_(0.0)  # -inf - -inf: nothing is seen
-    own = (dout * ratio.transpose(1, 2).unsqueeze(-1)).to(dout.dtype)
-    delta = (dout.float() * saved.out.float()).sum(-1).transpose(1, 2)
+    assert held.lse is not None
+    ratio = torch.exp(held.lse.detach() - lse).nan_to_num_(0.0)  # -inf - -inf: nothing is seen
+    own = (dout * ratio.unsqueeze(-1)).to(dout.dtype)
+    delta = (dout.float() * out.float()).sum(-1)
     if dlse is not None:
         delta = delta - dlse
-    return own, (own.float() * held.out.detach().float()).sum(-1).transpose(1, 2) - ratio * delta
+    return own, (own.float() * held.out.detach().float()).sum(-1) - ratio * delta
