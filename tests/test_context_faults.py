@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -206,10 +207,35 @@ def first_use(seat: Seat, comm: str) -> None:
 def test_a_rank_that_is_missing_when_plans_are_compared(mortal: context_pool.Pool) -> None:
     mortal.run(3, _nothing)
     outcomes, seconds = timed(mortal, 3, first_use, "p2p")
-    assert all(outcomes[rank].failure is not None for rank in range(3))
-    assert outcomes[0].failure is not None
-    assert not outcomes[0].failure.is_a(context_pool.Stuck), outcomes[0].failure.text
-    assert seconds < 4 * TIMEOUT, seconds
+    gone = outcomes[1].failure
+    assert gone is not None
+    assert gone.is_a(ValueError)
+    for rank in (0, 2):
+        failure = outcomes[rank].failure
+        assert failure is not None
+        assert failure.is_a(ContextError), failure.text
+        named = re.match(r"rank 1 \(of the job: 1\) of a .* group of 3 did not answer within (\S+) s", failure.message)
+        assert named, failure.message
+        assert TIMEOUT <= float(named[1]) <= 1.5 * TIMEOUT
+    assert seconds < 2 * TIMEOUT, seconds
+
+
+def first_use_of_the_dead(seat: Seat, odd: tuple[int, ...]) -> None:
+    """Ranks that die before their first use of the plan."""
+    plan = plan_of(seat, (31, 14, 0, 20), "all_gather")
+    if seat.rank in odd:
+        os._exit(9)
+    attend(plan, 6)
+
+
+def test_ranks_that_die_before_plans_are_compared(mortal: context_pool.Pool) -> None:
+    mortal.run(3, _nothing)
+    outcomes, seconds = timed(mortal, 3, first_use_of_the_dead, (0, 2))
+    failure = outcomes[1].failure
+    assert failure is not None
+    assert failure.is_a(ContextError), failure.text
+    assert failure.message.startswith("ranks 0 (of the job: 0), 2 (of the job: 2) of a"), failure.message
+    assert seconds < 2 * TIMEOUT, seconds
 
 
 # --- the pool itself -----------------------------------------------------------------------------------------------

@@ -96,7 +96,27 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "to bind a plan of more ranks": (lambda: cp().bind(ContextParallel((8, 0)).plan(P)), ContextError, "of 8.*of 4"),
     "too few rows": (lambda: cp().plan(P).shard(torch.zeros(22)), ShapeError, "22 rows.*23"),
     "another length": (lambda: cp().plan(16).shard(torch.zeros(17, 2)), ShapeError, "17 rows.*16"),
-    "the rows in another dim": (lambda: cp().plan(P).shard(torch.zeros(2, 23)), ShapeError, "dim 0.*2 rows.*23"),
+    "the rows in another dim": (
+        lambda: cp().plan(P).shard(torch.zeros(2, 23)), ShapeError, "dim 0.*2 rows.*23.*pass dim=1",
+    ),
+    "a shard in place of the batch": (
+        lambda: (p := cp().plan(P)).shard(torch.zeros(p.rows)), ShapeError, "6 rows.*batch, 23 rows; this is a shard",
+    ),
+    "a fill that bool cannot hold": (
+        lambda: cp().plan(P).shard(torch.zeros(23, dtype=torch.bool), fill=-100), DtypeError, "-100.*False and True",
+    ),
+    "a fill that bytes cannot hold": (
+        lambda: cp().plan(P).shard(torch.zeros(23, dtype=torch.uint8), fill=-100), DtypeError, "-100.*0 to 255",
+    ),
+    "a fill with a fraction": (
+        lambda: cp().plan(P).shard(torch.zeros(23, dtype=torch.int32), fill=0.5), DtypeError, "0.5.*ints",
+    ),
+    "a fill beyond half precision": (
+        lambda: cp().plan(P).shard(torch.zeros(23, dtype=torch.float16), fill=1e6), DtypeError, "up to 65504",
+    ),
+    "to unshard with a fill that does not fit": (
+        lambda: ContextParallel((1, 0)).plan(P).unshard(torch.zeros(23).bool(), fill=2), DtypeError, "unshard: fill=2",
+    ),
     "a dim that is not there": (lambda: cp().plan(P).shard(torch.zeros(23), dim=1), ShapeError, "dim 1"),
     "a shard of a list": (lambda: cp().plan(P).shard([1.0]), InvalidArgument, "tensor, got list"),
     "unshard without a group": (lambda: (p := cp().plan(P)).unshard(torch.zeros(p.rows)), ContextError, "bind"),
@@ -274,7 +294,12 @@ CALLS: dict[str, tuple[Job, type[Exception], str]] = {
     "a plan without its group": (
         lambda s: Batch(s).attend(plan=ContextParallel((4, s.rank)).plan(P)), ContextError, "bind",
     ),
-    "unshard of the whole": (lambda s: Batch(s).plan.unshard(torch.zeros(P.rows)), ShapeError, "23 rows"),
+    "unshard of the whole": (
+        lambda s: Batch(s).plan.unshard(torch.zeros(P.rows)), ShapeError, "23 rows.*a shard, 6 rows; this is the whole",
+    ),
+    "unshard of another dim": (
+        lambda s: Batch(s).plan.unshard(torch.zeros(2, 6)), ShapeError, "2 rows.*a shard, 6 rows: pass dim=1",
+    ),
     "three dims of a mesh for two": (lambda s: Batch(s, "a2a+p2p"), ContextError, "two-dimensional mesh"),
 }  # fmt: skip
 
@@ -289,6 +314,20 @@ def test_mistakes_at_the_call_are_named_on_every_rank(pool: context_pool.Pool, n
     _, kind, message = CALLS[name]
     for found in context_pool.failures(pool.run(4, mistaken, name), kind):
         assert re.search(f"(?s){message}", found), found
+
+
+def unshard_alone(seat: context_pool.Seat) -> None:
+    """One rank's shard is wrong at the first use of the plan."""
+    plan = ContextParallel(seat.group, comm="all_gather").plan(P)
+    plan.unshard(torch.zeros(P.rows if seat.rank == 2 else plan.rows))
+
+
+def test_a_wrong_shard_of_one_rank_is_heard_by_all_at_a_plans_first_use(pool: context_pool.Pool) -> None:
+    outcomes = pool.run(4, unshard_alone)
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.failure is not None
+        assert outcome.failure.is_a(ShapeError if rank == 2 else ContextError), outcome.failure.text
+        assert ("this is the whole" if rank == 2 else "cannot run on ranks 2") in outcome.failure.message
 
 
 def nothing_here(seat: context_pool.Seat, comm: str, lengths: list[int], backend: str, **call: Any) -> None:

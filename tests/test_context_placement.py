@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import anyattn
+from anyattn._context import _search
 from anyattn._context._cost import GPUS, bytes_forward, choose, default_gpu, of_rank, quick
 from anyattn._context._data import Layout, Mask, Piece, Shape
-from anyattn._context._estimate import imbalance, loads, tile_pairs
 from anyattn._context._geometry import area
-from anyattn._context._levelling import Shards, weights
-from anyattn._context._placement import SPREADS, place
+from anyattn._context._loads import imbalance, loads, tile_pairs
+from anyattn._context._owners import Shards, spread, weights
+from anyattn._context._placement import place
+from anyattn._context._search import SPREADS, Search
 from anyattn._context._stages import gather_stages, ring_stages, united
 from anyattn._errors import ContextError
 
@@ -27,6 +29,8 @@ LENGTHS = st.one_of(
     st.lists(st.integers(0, 30), max_size=8),
     st.lists(st.sampled_from((0, 1, 2, 127, 128, 129, 257, 1009, 4096, 20011)), max_size=10),
 )
+
+HOWS = st.sampled_from(("auto", "contiguous", "zigzag", "documents"))
 
 
 def _tokens(layout: Layout) -> list[int]:
@@ -57,7 +61,7 @@ def _check(layout: Layout, lengths: list[int], ranks: int) -> None:
     groups=st.integers(1, 9),
     members=st.sampled_from((1, 1, 1, 2, 3, 4)),
     mask=st.sampled_from(MASKS),
-    how=st.sampled_from(("auto", "contiguous", "zigzag", "documents")),
+    how=HOWS,
     order=st.sampled_from(("document", "slot", "local")),
     multiple=st.sampled_from((1, 1, 8, 128)),
 )
@@ -305,6 +309,37 @@ def test_rows_moved_to_queries_of_other_lengths(pairs, ranks, mask, how):
         assert (unit.received, unit.sent) == (received, sent)
 
 
+@settings(max_examples=200, deadline=None)
+@given(lengths=LENGTHS, groups=st.integers(1, 6), members=st.integers(1, 3), mask=st.sampled_from(MASKS), how=HOWS)
+def test_loads_are_the_same_by_the_short_ways_and_by_the_general_one(lengths, groups, members, mask, how):
+    """Documents that lie whole, and plain causality, are reckoned apart; keys in a layout of their own never are."""
+    layout = place(lengths, groups * members, mask, how, members=members, comm="a2a+p2p")
+    for quick_one, general in zip(
+        loads(layout, mask, members), loads(layout, mask, members, keys=replace(layout)), strict=True
+    ):
+        assert quick_one._replace(whole=0, cut=0, here=0) == general._replace(whole=0, cut=0, here=0)
+        assert quick_one == pytest.approx(general, rel=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, ranks=st.sampled_from((2, 4, 6)), mask=st.sampled_from(MASKS))
+def test_schemes_that_share_a_search_place_as_they_do_alone(lengths, ranks, mask):
+    search = Search(lengths, mask)
+    for comm, members in (("p2p", 1), ("a2a", ranks), ("all_gather", 1), ("a2a+p2p", 2), ("p2p", 1)):
+        alone = place(lengths, ranks, mask, members=members, comm=comm)
+        assert place(lengths, ranks, mask, members=members, comm=comm, search=search) == alone
+
+
+def test_a_choice_among_schemes_spreads_a_batch_once(monkeypatch):
+    spreads = []
+    monkeypatch.setattr(_search, "spread", lambda *given: spreads.append(given[2]) or spread(*given))
+    plan = anyattn.ContextParallel((8, 0)).plan(
+        anyattn.Packing.from_lengths([20011, 9000, 400, 400, 77] * 3), num_heads=30, num_kv_heads=15
+    )
+    assert plan.comm in ("p2p", "all_gather")  # its layout comes from the search as well
+    assert 2 <= len(spreads) == len(set(spreads)) <= len(SPREADS)
+
+
 @pytest.mark.parametrize("comm", ["all_gather", "p2p", "a2a", "a2a+p2p"])
 @pytest.mark.parametrize("lengths", [[65536], [9000, 500, 30000, 4000, 4000, 123, 2000]])
 def test_one_rank_exactly_agrees_with_the_quick_estimate(comm, lengths):
@@ -375,7 +410,7 @@ def test_choice_for_one_long_document_is_heads():
 def test_choice_where_heads_do_not_divide_is_a_gather():
     found = choose([1 << 17], 4, CAUSAL, Shape(num_heads=30, num_kv_heads=30), H200, ALL)
     assert found.comm == "all_gather"
-    assert set(found.estimates) == set(found.layouts) == {"all_gather", "p2p"}
+    assert set(found.estimates) == {"all_gather", "p2p"}
 
 
 def test_choice_for_packed_documents_keeps_them_where_they_are():

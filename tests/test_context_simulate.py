@@ -67,13 +67,26 @@ def test_it_draws_who_owns_what(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("--lengths", "1k", "--ranks", "2", "--gpu", "foo"), "h200"),
         (("--lengths", "1k", "--ranks", "0"), "ranks"),
         (("--lengths", "1k", "--ranks", "2", "--comm", "ring"), "all_gather"),
+        (("--lengths", "1k", "--ranks", "5", "--hierarchical"), "use 8 ranks, or another --gpus-per-node"),
+        (("--lengths", "1k", "--ranks", "12", "--hierarchical"), "use 8 or 16 ranks"),
+        (("--lengths", "{empty}", "--ranks", "2"), "empty.txt holds no length"),
     ],
 )
 def test_mistakes_name_what_is_allowed(
-    arguments: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", *arguments]) == 2
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    assert main(["plan", *(word.format(empty=empty) for word in arguments)]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_one_of_a_thing_is_singular(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--lengths", "1", "--ranks", "1"]) == 0
+    said = capsys.readouterr().out + anyattn.ContextParallel((1, 0)).plan(1).explain()
+    assert "1 sequence, 1 token " in said
+    assert "1 document, 1 token, causal" in said
+    assert re.findall(r"\b1 \w+s\b", said) == []
 
 
 def test_explain_says_what_the_plan_does() -> None:

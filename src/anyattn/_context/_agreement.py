@@ -6,14 +6,17 @@ otherwise wait in a collective for data that never comes, or read other data tha
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from anyattn._context._plan_data import PlanData, number
 from anyattn._context._topology import Members
@@ -52,12 +55,59 @@ def _timeout(members: Members) -> timedelta:
     return getattr(options, "_timeout", None) or dist.distributed_c10d.default_pg_timeout
 
 
+class RanksMissing(ContextError):
+    """Ranks that did not take part in a comparison."""
+
+    def __init__(self, ranks: list[int], members: Members, seconds: float) -> None:
+        self.ranks = ranks
+        one = len(ranks) == 1
+        names = ", ".join(f"{rank} (of the job: {members.ranks[rank]})" for rank in ranks)
+        super().__init__(
+            f"rank{'' if one else 's'} {names} of a context-parallel group of {members.world} did not answer within "
+            f"{seconds:.1f} s, when plans were compared before a first use: look for {'its' if one else 'their'} own "
+            "error, or what kept it from the same call; all ranks of the group make the same calls in the same order. "
+            "How long ranks wait is the timeout of the group that ContextParallel was given"
+        )
+
+
 class OthersFailed(ContextError):
     """Other ranks cannot run a call that this one could."""
 
     def __init__(self, ranks: list[int], text: str) -> None:
         super().__init__(text)
         self.ranks = ranks
+
+
+def _gathered(group: Any, members: Members, numbers: Tensor) -> Tensor:
+    """The numbers of all ranks; each goes straight from rank to rank, so that it is known whose are missing.
+
+    Raises:
+        RanksMissing: some did not come within the group's timeout, or their ranks are gone.
+    """
+    begin = time.monotonic()
+    limit = _timeout(members).total_seconds()
+    everyone = numbers.repeat(members.world, 1)
+    others = [rank for rank in range(members.world) if rank != members.rank]
+    works: list[tuple[int, Any]] = []
+    missing: dict[int, RuntimeError] = {}
+
+    def attempt(rank: int, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except RuntimeError as error:
+            missing.setdefault(rank, error)
+
+    for rank in others:
+        works.append((rank, attempt(rank, partial(group.recv, [everyone[rank]], rank, 0))))
+    for rank in others:
+        works.append((rank, attempt(rank, partial(group.send, [numbers], rank, 0))))
+    for rank, work in works:
+        left = timedelta(seconds=max(0.001, begin + limit - time.monotonic()))
+        if work is not None:
+            attempt(rank, partial(work.wait, left))
+    if missing:
+        raise RanksMissing(sorted(missing), members, time.monotonic() - begin) from next(iter(missing.values()))
+    return everyone
 
 
 def check(data: PlanData, members: Members, call: Mapping[str, object], failure: Exception | None) -> None:
@@ -75,14 +125,12 @@ def check(data: PlanData, members: Members, call: Mapping[str, object], failure:
     plan = data.fingerprint()
     mine = plan | {name: 0 if failure else number(value) for name, value in call.items()}
     numbers = torch.tensor([*mine.values(), failure is not None], dtype=torch.int64, device="cpu")
-    found = [torch.empty_like(numbers) for _ in range(members.world)]
     try:
-        group.allgather([found], [numbers]).wait()
-    except RuntimeError as error:
+        everyone = _gathered(group, members, numbers)
+    except RanksMissing as error:
         if failure is not None:  # the others, which made no such call, are not waited for
             raise failure from error
         raise
-    everyone = torch.stack(found)
     if failure is not None:
         raise failure
     failed = everyone[:, -1].nonzero().flatten().tolist()

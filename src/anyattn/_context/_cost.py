@@ -9,7 +9,6 @@ from anyattn._context import _placement
 from anyattn._context._data import Comm, KernelCall, Layout, Mask, RankPlan, Shape, Stage
 from anyattn._context._estimate import (
     Estimate,
-    Load,
     combined,
     exchanged,
     heads_of,
@@ -17,10 +16,11 @@ from anyattn._context._estimate import (
     quick,
     scheduled,
     sharers,
-    tile_pairs,
 )
 from anyattn._context._geometry import area
 from anyattn._context._gpu import GPUS, Gpu, default_gpu
+from anyattn._context._loads import Load, tile_pairs
+from anyattn._context._search import Search
 from anyattn._errors import ContextError
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ class Choice(NamedTuple):
 
     comm: Comm
     estimates: dict[Comm, Estimate]
-    layouts: dict[Comm, Layout]
 
 
 def choose(
@@ -49,8 +48,8 @@ def choose(
     allowed: Iterable[Comm],
     *,
     members: int = 1,
-    multiple: int = 1,
     keys: Layout | None = None,
+    search: Search | None = None,
 ) -> Choice:
     """The scheme with the lowest estimate of forward and backward together.
 
@@ -62,24 +61,26 @@ def choose(
         gpu: the figures.
         allowed: the schemes to compare; "a2a" and "a2a+p2p" are left out where their ranks do not divide the heads.
         members: ranks that share heads under "a2a+p2p".
-        multiple: rows of a rank are rounded up to it.
         keys: where the keys lie, if not with the queries.
+        search: of this very batch and mask; what is found is kept there.
 
     Raises:
         ContextError: no scheme is left.
     """
     names = set(allowed)
     estimates: dict[Comm, Estimate] = {}
-    layouts: dict[Comm, Layout] = {}
+    search = search or Search(lengths, mask, None if keys is None else keys.lengths)
     for comm in PREFERRED:
         sharing = sharers(comm, ranks, members)
         if comm not in names or shape.num_heads % sharing or ranks % sharing:
             continue
+        if keys is None:
+            estimates[comm] = search.best(comm, ranks, shape, gpu, sharing).estimate(comm)
+            continue
         layout = _placement.place(
-            lengths, ranks, mask, multiple=multiple, members=sharing, shape=shape, comm=comm, gpu=gpu,
-            lengths_k=None if keys is None else keys.lengths,
+            lengths, ranks, mask, members=sharing, shape=shape, comm=comm, gpu=gpu, lengths_k=keys.lengths,
+            search=search,
         )  # fmt: skip
-        layouts[comm] = layout
         estimates[comm] = quick(layout, mask, comm, shape, gpu, members=sharing, keys=keys)
     if not estimates:
         raise ContextError(
@@ -87,7 +88,7 @@ def choose(
             "'all_gather'"
         )
     best = min(estimates, key=lambda comm: estimates[comm].forward + estimates[comm].backward)
-    return Choice(best, estimates, layouts)
+    return Choice(best, estimates)
 
 
 def bytes_forward(data: PlanData) -> int:

@@ -1,25 +1,19 @@
 """How long a plan takes, from what each rank computes and receives: enough to compare plans, not a promise.
 
-Legend: a *unit* is a rank, or a group of ranks that share heads. *Tile pairs* are pairs of a query and a key that
-kernels compute: whole tiles of 128 by 128, of which the mask may hide a part.
+Legend: a *unit* is a rank, or a group of ranks that share heads.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 from anyattn._context._data import Comm, Layout, Mask, Shape
-from anyattn._context._geometry import Span, area, needed
 from anyattn._context._gpu import Gpu
-from anyattn._context._scene import union
+from anyattn._context._loads import Load, imbalance, loads
 
-TILE = 128
 MERGE_BYTES = 10
 """Device memory traffic per element of out that a merge of two partial results touches."""
 BACKWARD = 2.5
@@ -45,25 +39,6 @@ class Estimate:
     """Largest area of a rank over the mean: pairs of a query and a key that sees it."""
 
 
-class Load(NamedTuple):
-    """What one unit computes, receives and sends."""
-
-    whole: float = 0.0
-    """Tile pairs of queries whose keys all lie here."""
-    cut: float = 0.0
-    """Tile pairs of the other queries."""
-    here: float = 0.0
-    """Share of these whose keys lie here."""
-    received: int = 0
-    """Key rows."""
-    sent: int = 0
-    merged: int = 0
-    """Query rows whose result is merged in every remote stage."""
-    peers: int = 0
-    """Units from which keys come."""
-    calls: int = 1
-
-
 class Heads(NamedTuple):
     """What one rank holds of a model's heads."""
 
@@ -80,142 +55,9 @@ def heads_of(shape: Shape, members: int) -> Heads:
     return Heads(query, query // math.gcd(query, shape.num_heads // shape.num_kv_heads))
 
 
-@lru_cache(maxsize=1 << 15)
-def tile_pairs(mask: Mask, len_q: int, len_k: int, begin: int, end: int) -> float:
-    """Tile pairs of the queries begin to end of a document, in expectation over how keys fall on tiles."""
-    low, high = needed(mask, len_q, len_k, begin, end)
-    if low == high:
-        return 0.0
-    tiles = -(-(end - begin) // TILE)
-    span = -(-(high - low) // TILE) * TILE
-    sides = (mask.left is not None) + (mask.right is not None)
-    if tiles == 1 or not sides:
-        return tiles * TILE * span
-    ragged = sides == 2 or begin % TILE != 0
-    keys = area(mask, len_q, len_k, begin, end) / (end - begin) + TILE / 2 * (sides + ragged)
-    pairs = tiles * TILE * min(float(span), keys)
-    if sides == 1:
-        return pairs
-    without = mask._replace(left=None), mask._replace(right=None)
-    return min(pairs, *(tile_pairs(wider, len_q, len_k, begin, end) for wider in without))
-
-
 def is_ring(comm: Comm, mask: Mask) -> bool:
     """Whether keys go round in stages; with a finite window a halo in global order is fetched instead."""
     return comm in ("p2p", "a2a+p2p") and mask.left is None and not mask.right
-
-
-# ---- from pieces alone
-
-
-def _documents(layout: Layout, members: int) -> dict[int, dict[int, list[Span]]]:
-    """By document and unit, the ranges that lie there, in order."""
-    runs: dict[int, dict[int, list[Span]]] = {}
-    for rank, pieces in enumerate(layout.pieces):
-        for document, begin, end, _ in pieces:
-            runs.setdefault(document, {}).setdefault(rank // members, []).append((begin, end))
-    for by_unit in runs.values():
-        for unit, own in by_unit.items():
-            if len(own) > 1:
-                by_unit[unit] = union(own)
-    return runs
-
-
-class _Coverage:
-    """How often the tokens below a point are covered by ranges, in all."""
-
-    def __init__(self, spans: Sequence[Span]) -> None:
-        self.begins, self.ends = sorted(s[0] for s in spans), sorted(s[1] for s in spans)
-        self.sums = [0, *accumulate(self.begins)], [0, *accumulate(self.ends)]
-
-    def below(self, at: int) -> int:
-        """Sum over the ranges of their tokens below a point."""
-        i, j = bisect_left(self.begins, at), bisect_left(self.ends, at)
-        return (i * at - self.sums[0][i]) - (j * at - self.sums[1][j])
-
-
-def _overlap(spans: Iterable[Span], others: Sequence[Span]) -> int:
-    return sum(max(0, min(e, high) - max(b, low)) for b, e in spans for low, high in others)
-
-
-class _Loads:
-    """Loads of all units, summed document by document."""
-
-    def __init__(self, mask: Mask, count: int) -> None:
-        self.mask, self.count = mask, count
-        self.whole, self.cut, self.here = [0.0] * count, [0.0] * count, [0.0] * count
-        self.received, self.sent, self.merged, self.peers, self.most = ([0] * count for _ in range(5))
-        # where a window's right side ends at the document's, queries of other distances from it go in other calls
-        self.windows: list[set[int]] = [set() for _ in range(count)]
-
-    def add(self, n: int, m: int, runs: dict[int, list[Span]], key_runs: dict[int, list[Span]]) -> None:
-        """Add a document of n queries and m keys, by the units that hold a part of either."""
-        wanted = {unit: self._queries(n, m, unit, own, key_runs.get(unit, [])) for unit, own in runs.items()}
-        spans = [span for found in wanted.values() for span in found]
-        if not spans:
-            return
-        coverage = _Coverage(spans)
-        for unit, own in key_runs.items():
-            covered = sum(coverage.below(e) - coverage.below(b) for b, e in own)
-            self.sent[unit] += covered - _overlap(own, wanted.get(unit, []))
-        begins = sorted(b for own in key_runs.values() for b, _ in own)
-        for unit, found in wanted.items():
-            sources = sum(bisect_left(begins, e) - max(0, bisect_left(begins, b + 1) - 1) for b, e in found)
-            others = len(key_runs) - (unit in key_runs)
-            self.peers[unit] = min(self.count - 1, self.peers[unit] + min(others, sources))
-
-    def _queries(self, n: int, m: int, unit: int, own: list[Span], keys: list[Span]) -> list[Span]:
-        """Add the queries of one unit; returns the keys that they fetch, own ones included."""
-        far: list[Span] = []
-        pairs = 0.0
-        for span in own:
-            seen = needed(self.mask, n, m, *span)
-            if seen[0] == seen[1] or any(b <= seen[0] and seen[1] <= e for b, e in keys):
-                self.whole[unit] += tile_pairs(self.mask, n, m, *span)
-                continue
-            pairs += tile_pairs(self.mask, n, m, *span)
-            self.merged[unit] += span[1] - span[0]
-            far.append(seen)
-            if self.mask.right:
-                self.windows[unit].add(seen[1] - span[1] - (0 if self.mask.top_left else m - n))
-        if not far:
-            return far
-        wanted = union(far)
-        rows, local = sum(e - b for b, e in wanted), _overlap(keys, wanted)
-        self.most[unit] = max(self.most[unit], len(far))
-        self.cut[unit] += pairs
-        self.received[unit] += rows - local
-        self.here[unit] += pairs * local / rows
-        return wanted
-
-    def all(self) -> list[Load]:
-        """By unit."""
-        calls = [most + max(0, len(windows) - 1) for most, windows in zip(self.most, self.windows, strict=True)]
-        columns = self.whole, self.cut, self.here, self.received, self.sent, self.merged, self.peers, calls
-        return [
-            Load(whole, cut, here / cut if cut else 0.0, received, sent, merged, peers, (whole > 0) + far)
-            for whole, cut, here, received, sent, merged, peers, far in zip(*columns, strict=True)
-        ]
-
-
-def loads(layout: Layout, mask: Mask, members: int = 1, keys: Layout | None = None) -> list[Load]:
-    """What each unit computes and receives."""
-    found = _Loads(mask, layout.ranks // members)
-    runs = _documents(layout, members)
-    key_runs = runs if keys is None or keys is layout else _documents(keys, members)
-    lengths_k = layout.lengths if keys is None else keys.lengths
-    for document in sorted(runs):
-        found.add(layout.lengths[document], lengths_k[document], runs[document], key_runs.get(document, {}))
-    return found.all()
-
-
-def imbalance(layout: Layout, mask: Mask, members: int = 1, keys: Layout | None = None) -> float:
-    """Largest area of a unit over the mean."""
-    len_k = layout.lengths if keys is None else keys.lengths
-    areas = [0] * (layout.ranks // members)
-    for rank, pieces in enumerate(layout.pieces):
-        areas[rank // members] += sum(area(mask, layout.lengths[d], len_k[d], b, e) for d, b, e, _ in pieces)
-    return max(areas) * len(areas) / sum(areas) if sum(areas) else 1.0
 
 
 def quick(
@@ -254,9 +96,26 @@ def timed(
 ) -> Cost:
     """Seconds and bytes of :func:`quick`; arguments as there."""
     members = sharers(comm, layout.ranks, members)
-    units = loads(layout, mask, members, keys)
+    fullest = _fullest(layout, members), _fullest(layout if keys is None else keys, members)
+    return weighed(loads(layout, mask, members, keys), fullest, members, comm, mask, shape, gpu)
+
+
+def weighed(
+    units: Sequence[Load], fullest: tuple[int, int], members: int, comm: Comm, mask: Mask, shape: Shape, gpu: Gpu
+) -> Cost:
+    """Seconds and bytes from what each unit computes and receives.
+
+    Args:
+        units: all of them.
+        fullest: the most tokens of a unit, and the most keys.
+        members: ranks of a unit.
+        comm: the scheme.
+        mask: which keys a query sees.
+        shape: heads and dims.
+        gpu: the figures.
+    """
     found = scheduled(units, is_ring(comm, mask), heads_of(shape, members), shape, gpu)
-    return combined(found, exchanged(layout, members, shape, gpu, keys))
+    return combined(found, _exchanged(*fullest, members, shape, gpu))
 
 
 # ---- schedules
@@ -348,12 +207,15 @@ def _ring(units: Sequence[Load], groups: int, row: int, heads: Heads, shape: Sha
 
 def exchanged(layout: Layout, members: int, shape: Shape, gpu: Gpu, keys: Layout | None = None) -> Cost:
     """What exchanging heads for tokens costs, before and after attention: half of it is hidden, beside computing."""
+    tokens = _fullest(layout, members)
+    return _exchanged(tokens, tokens if keys is None else _fullest(keys, members), members, shape, gpu)
+
+
+def _exchanged(tokens: int, key_rows: int, members: int, shape: Shape, gpu: Gpu) -> Cost:
     if members == 1:
         return Cost()
     heads = heads_of(shape, members)
-    tokens = _fullest(layout, members)
     own = -(-tokens // members)
-    key_rows = tokens if keys is None else _fullest(keys, members)
     own_keys = -(-key_rows // members)
     both = shape.head_dim + shape.head_dim_v
     others = shape.num_heads - heads.query
@@ -376,5 +238,5 @@ def exchanged(layout: Layout, members: int, shape: Shape, gpu: Gpu, keys: Layout
 
 def _fullest(layout: Layout, members: int) -> int:
     """Most tokens of a unit."""
-    units = (layout.pieces[i : i + members] for i in range(0, layout.ranks, members))
-    return max(sum(p.end - p.begin for own in unit for p in own) for unit in units)
+    held = [sum(end - begin for _, begin, end, _ in own) for own in layout.pieces]
+    return max(sum(held[i : i + members]) for i in range(0, layout.ranks, members))

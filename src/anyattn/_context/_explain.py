@@ -51,7 +51,7 @@ def text(data: PlanData) -> str:
 def _headline(data: PlanData, own: Estimate, estimates: dict[Comm, Estimate]) -> str:
     """The scheme, and how it stands among the others."""
     topology = data.topology
-    ranks = f"{topology.world} rank{'s' * (topology.world != 1)}"
+    ranks = counted(topology.world, "rank")
     if data.comm == "a2a+p2p":
         ranks += f" ({topology.sequence} along the sequence, {topology.heads} sharing heads)"
     words = f"{data.comm} over {ranks}, this is rank {data.rank}: "
@@ -86,13 +86,15 @@ def _facts(data: PlanData, own: Estimate, gpu: Gpu) -> list[str]:
     kv = f"/{shape.num_kv_heads}" if shape.num_kv_heads != shape.num_heads else ""
     dim_v = f"/{shape.head_dim_v}" if shape.head_dim_v != shape.head_dim else ""
     heads = f"{shape.num_heads}{kv} heads of dim {shape.head_dim}{dim_v}, {shape.itemsize} bytes per element"
-    assumed = "" if data.given[0] is not None and data.given[2] is not None else ", as far as the plan was not told"
+    assumed = (
+        "" if data.given[0] is not None and data.given[2] is not None else ", assumed where the plan was given none"
+    )
     areas = data.areas()
-    cross = f", {sum(data.keys.lengths):,} keys" if data.cross else ""
+    cross = f", {counted(sum(data.keys.lengths), 'key')}" if data.cross else ""
     facts = {
-        "batch": f"{len(queries.lengths):,} documents, {tokens:,} tokens{cross}, {mask_words(data.mask)}; {whole:,} "
-        f"whole on a rank, {cut:,} cut, {empty:,} empty",
-        "shards": f"{queries.rows:,} rows on every rank, {rows - tokens:,} of all without a token; "
+        "batch": f"{counted(len(queries.lengths), 'document')}, {counted(tokens, 'token')}{cross}, "
+        f"{mask_words(data.mask)}; {whole:,} whole on a rank, {cut:,} cut, {empty:,} empty",
+        "shards": f"{counted(queries.rows, 'row')} on every rank, {rows - tokens:,} of all without a token; "
         f"placement {data.placement}",
         "work": f"imbalance {own.imbalance:.3f}: pairs of the busiest rank ({_simulate.busiest(data)}) over the mean, "
         f"{sum(areas) / len(areas):,.0f}",
@@ -201,10 +203,15 @@ def _ranges(layout: Layout, rank: int, room: int) -> str:
         line = " ".join(found[:count]) + (f" +{len(found) - count} more" if count < len(found) else "")
         if len(line) <= room:
             return line
-    return f"{len(found)} pieces" if found else "nothing"
+    return counted(len(found), "piece") if found else "nothing"
 
 
 # ---- words
+
+
+def counted(count: int, what: str) -> str:
+    """So many of a thing."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def ms(seconds: float) -> str:

@@ -33,26 +33,27 @@ def _is_blind(mask: Mask) -> bool:
     return mask.left is not None and mask.right is not None and mask.left + mask.right < 0
 
 
-def _clamped_sum(begin: int, end: int, top: int) -> int:
-    """The sum of min(max(x, 0), top) over x in [begin, end)."""
+def _below(x: int, top: int) -> int:
+    """The sum of min(max(y, 0), top) over all y below x."""
+    if x <= 1:
+        return 0
+    ramp = x - 1 if x - 1 < top else top
+    return ramp * (ramp + 1) // 2 + (x - 1 - ramp) * top
 
-    def below(x: int) -> int:
-        ramp = min(max(x - 1, 0), top)
-        return ramp * (ramp + 1) // 2 + max(x - 1 - ramp, 0) * top
 
-    return below(end) - below(begin)
+def seen_before(mask: Mask, len_q: int, len_k: int, at: int) -> int:
+    """How many (query, key) pairs the queries [0, at) of a document see, but for a constant: differences tell areas."""
+    left, right, top_left = mask
+    if left is not None and right is not None and left + right < 0:  # blind
+        return 0
+    first = at if top_left else at + len_k - len_q
+    upper = at * len_k if right is None else _below(first + right + 1, len_k)
+    return upper if left is None else upper - _below(first - left, len_k)
 
 
 def area(mask: Mask, len_q: int, len_k: int, begin: int, end: int) -> int:
     """How many (query, key) pairs the queries [begin, end) of a document see."""
-    if end <= begin or _is_blind(mask):
-        return 0
-    first, last = (x + _shift(mask, len_q, len_k) for x in (begin, end))
-    if mask.right is None:
-        upper = (end - begin) * len_k
-    else:
-        upper = _clamped_sum(first + mask.right + 1, last + mask.right + 1, len_k)
-    return upper if mask.left is None else upper - _clamped_sum(first - mask.left, last - mask.left, len_k)
+    return seen_before(mask, len_q, len_k, end) - seen_before(mask, len_q, len_k, begin) if begin < end else 0
 
 
 def needed(mask: Mask, len_q: int, len_k: int, begin: int, end: int) -> Span:

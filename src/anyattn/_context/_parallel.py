@@ -10,6 +10,7 @@ from anyattn._context._agreement import side_group
 from anyattn._context._data import Capacity, Comm, Mask, Placement, Shape
 from anyattn._context._plan import ContextPlan, normal_mask
 from anyattn._context._plan_data import Memory, PlanData, check_features
+from anyattn._context._search import Search
 from anyattn._context._topology import COMMS, Members, members_of, topology
 from anyattn._errors import ContextError
 from anyattn._packing import Packing
@@ -117,8 +118,9 @@ class ContextParallel:
         lengths_k, memory_k = (lengths, memory) if keys is None else keys[:2]
         mask = normal_mask(causal, window, lengths == lengths_k)
         comm: Any = self.comm
+        search = Search(lengths, mask)
         if comm == "auto":
-            comm = self._choose(lengths, keys is not None, mask, shape, given, wanted, capacity is not None)
+            comm = self._choose(search, keys is not None, shape, given, wanted, capacity is not None)
         shares = topology(comm, self._members)
         _check_heads(given, shares.heads)
         options: dict[str, Any] = {
@@ -128,7 +130,7 @@ class ContextParallel:
         if capacity is not None:
             order = "slot"  # queries in the order of their keys
         wished = cast("Placement", placement)
-        queries = _placement.place(lengths, shares.world, mask, wished, order=order, **options)
+        queries = _placement.place(lengths, shares.world, mask, wished, order=order, search=search, **options)
         keys_at = queries
         if keys is not None:
             how = wished if wished in ("zigzag", "documents") else "contiguous"
@@ -167,9 +169,8 @@ class ContextParallel:
 
     def _choose(
         self,
-        lengths: tuple[int, ...],
+        search: Search,
         cross: bool,
-        mask: Mask,
         shape: Shape,
         given: Any,
         features: frozenset[str],
@@ -181,11 +182,12 @@ class ContextParallel:
         if features & {"bias", "mask"}:
             return "all_gather"
         heads_fit = given[0] is not None and given[0] % self.size == 0
-        if "alibi" in features and mask.right != 0:
+        if "alibi" in features and search.mask.right != 0:
             return "a2a"
         allowed: list[Comm] = ["all_gather"] if cross or fixed else ["p2p", "all_gather"]
         allowed += ["a2a"] if heads_fit else []
-        return _cost.choose(lengths, self.size, mask, shape, _cost.default_gpu(), allowed)[0]
+        gpu = _cost.default_gpu()
+        return _cost.choose(search.lengths, self.size, search.mask, shape, gpu, allowed, search=search).comm
 
 
 def _shape(*given: Any) -> tuple[Shape, tuple[int | None, int | None, int | None, int | None]]:

@@ -6,26 +6,16 @@ Under "auto" several placements are made and the one with the lowest estimated t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from anyattn._context._data import Comm, Layout, Mask, Piece, Placement, Shape
-from anyattn._context._estimate import timed
 from anyattn._context._gpu import Gpu, default_gpu
-from anyattn._context._levelling import Shards, Span, cut, exchange, level, spread, weights, widths_of, zigzag_owners
+from anyattn._context._owners import Shards, Span, contiguous, heaviest_first, spread, weights, zigzag
+from anyattn._context._search import Search
 from anyattn._errors import ContextError
 
 Order = Literal["document", "slot", "local"]
-
-SPREADS: tuple[tuple[float, float | None], ...] = (
-    (1.0, 1.0), (0.5, 2.0), (0.25, 4.0), (1.0, None), (0.5, None), (0.25, None)
-)  # fmt: skip
-"""What "auto" tries: documents heavier than so many shards are long; they are cut over this many times their weight in
-shards, or over all."""
-REFINED = 3
-"""So many of the best are levelled in area too."""
-PIECES = 8
-"""Under "auto", the most pieces of a placement, per shard and document, beyond a few thousand."""
 
 
 def place(
@@ -41,6 +31,7 @@ def place(
     comm: Comm = "all_gather",
     gpu: Gpu | None = None,
     lengths_k: Sequence[int] | None = None,
+    search: Search | None = None,
 ) -> Layout:
     """Divide documents over ranks. Depends on its arguments alone: every rank finds the same layout.
 
@@ -61,6 +52,7 @@ def place(
         comm: the scheme that the estimates are for.
         gpu: the device that they are for.
         lengths_k: keys of each document, where they are not the queries'; estimates take them as placed "contiguous".
+        search: of this very batch and mask, so that what other schemes found for it need not be found again.
 
     Raises:
         ContextError: numbers of which no layout can be made.
@@ -68,33 +60,21 @@ def place(
     lengths = tuple(map(int, lengths))
     keys = lengths if lengths_k is None else tuple(lengths_k)
     _check(lengths, keys, ranks, multiple, members)
-    keys_at = None if keys == lengths else place(keys, ranks, mask, "contiguous", members=members)
-    count = ranks // members
-
-    def layout(shards: Shards) -> Layout:
-        return _layout(lengths, shards.spans, members, multiple, order)
-
-    def empty() -> Shards:
-        return Shards(lengths, keys, mask, count)
-
-    if how == "auto" and count > 1 and any(lengths):
-        sizes = shape or Shape(), gpu or default_gpu()
-
-        def seconds(found: Layout) -> float:
-            cost = timed(found, mask, comm, *sizes, members=members, keys=keys_at)
-            return cost.forward + cost.backward
-
-        return _best(empty, layout, seconds)
-    shards = empty()
+    if how == "auto":
+        if search is None:
+            search = Search(lengths, mask, keys)
+        found = search.best(comm, ranks, shape or Shape(), gpu or default_gpu(), members)
+        return _layout(lengths, found.shards.spans, members, multiple, order)
+    shards = Shards(lengths, keys, mask, ranks // members)
     if how == "zigzag":
-        _zigzag(shards)
+        zigzag(shards)
     elif how == "documents":
-        spread(shards, weights(shards), [1] * len(lengths))
-    elif how in ("auto", "contiguous"):
-        _contiguous(shards)
+        spread(shards, heaviest_first(shards, weights(shards)), [1] * len(lengths))
+    elif how == "contiguous":
+        contiguous(shards)
     else:
         raise ContextError(f"unknown placement {how!r}; allowed: 'auto', 'contiguous', 'zigzag', 'documents'")
-    return layout(shards)
+    return _layout(lengths, shards.spans, members, multiple, order)
 
 
 def _check(lengths: Sequence[int], keys: Sequence[int], ranks: int, multiple: int, members: int) -> None:
@@ -104,62 +84,6 @@ def _check(lengths: Sequence[int], keys: Sequence[int], ranks: int, multiple: in
         )
     if len(keys) != len(lengths) or any(n < 0 for n in (*lengths, *keys)):
         raise ContextError("lengths of queries and keys must be as many, and none negative")
-
-
-def _contiguous(shards: Shards) -> None:
-    """Equal runs of the tokens in global order; the first shards are full."""
-    shard = 0
-    for document, length in enumerate(shards.lengths):
-        begin = 0
-        while begin < length:
-            if shards.tokens[shard] == shards.capacity:
-                shard += 1
-            end = min(length, begin + shards.capacity - shards.tokens[shard])
-            shards.give(shard, Span(document, begin, end))
-            begin = end
-
-
-def _zigzag(shards: Shards) -> None:
-    """Every document in two chunks per shard."""
-    owners = zigzag_owners(range(shards.count))
-    for document in range(len(shards.lengths)):
-        cut(shards, document, owners)
-
-
-def _best(
-    empty: Callable[[], Shards], layout: Callable[[Shards], Layout], seconds: Callable[[Layout], float]
-) -> Layout:
-    """The layout of the lowest estimate; of equal ones the first.
-
-    All ways of spreading are levelled in tokens; in area the best of them alone, for that takes longest.
-    """
-    blank = empty()
-    weight = weights(blank)
-    most = PIECES * (blank.count + len(weight)) + 4096
-    tried: set[tuple[int, ...]] = set()
-    found: list[tuple[float, int, Layout]] = []
-    levelled: list[Shards] = []
-    for long, factor in SPREADS:
-        widths = widths_of(blank, weight, long, factor)
-        if widths in tried or (tried and 2 * sum(widths) > most):
-            continue
-        tried.add(widths)
-        shards = empty()
-        spread(shards, weight, widths)
-        level(shards)
-        made = layout(shards)
-        found.append((seconds(made), len(levelled), made))
-        levelled.append(shards)
-    simple = empty()
-    _contiguous(simple)
-    made = layout(simple)
-    found.append((seconds(made), len(levelled), made))
-    for _, index, _ in sorted(found)[:REFINED]:
-        if index < len(levelled):
-            exchange(levelled[index])
-            made = layout(levelled[index])
-            found.append((seconds(made), len(found), made))
-    return min(found, key=lambda each: each[:2])[2]
 
 
 def _layout(

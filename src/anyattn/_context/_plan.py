@@ -35,10 +35,10 @@ class _Keys(Shards):
         super().__init__(data.keys, data.memory_k, data.rank, members)
         self._plan = weakref.ref(plan)
 
-    def _agree(self) -> None:
+    def _agree(self, failure: Exception | None = None) -> None:
         plan = self._plan()
         if plan is not None:
-            plan._agree()
+            plan._agree(failure)
 
 
 class ContextPlan(Shards):
@@ -196,9 +196,9 @@ class ContextPlan(Shards):
         _agreement.check(self._data, self._connected(), call or {}, failure)
         self._agreed |= {kind, None}
 
-    def _agree(self) -> None:
+    def _agree(self, failure: Exception | None = None) -> None:
         if None not in self._agreed:
-            self._agree_on()
+            self._agree_on(failure=failure)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self._data}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from anyattn._context._exchange import gather_rows
 from anyattn._context._plan_data import Memory
 from anyattn._context._topology import Members
 from anyattn._derived import in_graph_memory
-from anyattn._errors import ContextError, ShapeError
+from anyattn._errors import ContextError, DtypeError, InvalidArgument, ShapeError
 
 
 class Shards:
@@ -53,14 +54,14 @@ class Shards:
             x with ``rows`` in place of dim. Its gradient is zero outside of this rank's rows; nothing is communicated.
 
         Raises:
-            ShapeError: dim has another size.
+            DtypeError: x's dtype cannot hold the fill.
+            ShapeError: dim has fewer rows than the packing, or another size than the plain length.
         """
         dim = self._dim(x, dim)
+        _check_fill("shard", x, fill)
         size, wanted = x.shape[dim], self._memory.rows
         if size < wanted or (self._memory.entries and size != wanted):
-            raise ShapeError(
-                f"shard: dim {dim} of shape {tuple(x.shape)} has {size} rows, and the plan is for {wanted}"
-            )
+            raise self._misfit("shard", x, dim, f"the whole batch, {wanted} rows", wanted, "a shard already", self.rows)
         return _take(x, dim, self._index("mine", x.device), fill)
 
     def unshard(self, x: Tensor, dim: int = 0, fill: float = 0) -> Tensor:
@@ -76,22 +77,45 @@ class Shards:
             all ranks compute one value from the whole.
 
         Raises:
-            ContextError: the plan was made without a group: see :meth:`ContextParallel.bind`.
-            ShapeError: dim has another size.
+            ContextError: the plan was made without a group: see :meth:`ContextParallel.bind`; or, where this is the
+                plan's first use, another rank's shard is wrong.
+            DtypeError: x's dtype cannot hold the fill.
+            ShapeError: dim has another size than :attr:`rows`. Once the plan was used this is found on this rank alone:
+                the others wait for it as long as their group does.
         """
-        dim = self._dim(x, dim)
+        failure: InvalidArgument | None = None
+        try:
+            dim = self._shard_dim(x, dim, fill)
+        except InvalidArgument as error:
+            failure = error
         self._connected()
-        self._agree()
-        if x.shape[dim] != self.rows:
-            raise ShapeError(
-                f"unshard: dim {dim} of shape {tuple(x.shape)} has {x.shape[dim]} rows, and shards of this plan "
-                f"{self.rows}"
-            )
+        self._agree(failure)
+        if failure is not None:
+            raise failure
         whole: Tensor = _Unshard.apply(x, self, dim, fill)  # type: ignore[no-untyped-call]
         return whole
 
-    def _agree(self) -> None:
-        """Compare with the other ranks; a plan does."""
+    def _agree(self, failure: Exception | None = None) -> None:
+        """Compare with the other ranks, and tell them why this one cannot go on; a plan does."""
+
+    def _shard_dim(self, x: Tensor, dim: int, fill: float) -> int:
+        """The dim of this rank's rows, checked for unshard."""
+        dim = self._dim(x, dim)
+        _check_fill("unshard", x, fill)
+        if x.shape[dim] != self.rows:
+            given = "the whole batch", self._memory.rows
+            raise self._misfit("unshard", x, dim, f"a shard, {self.rows} rows", self.rows, *given)
+        return dim
+
+    def _misfit(self, call: str, x: Tensor, dim: int, taken: str, rows: int, other: str, other_rows: int) -> ShapeError:
+        """The error for a tensor with another number of rows than what a call takes."""
+        text = f"{call}: dim {dim} of shape {tuple(x.shape)} has {x.shape[dim]} rows, and {call} takes {taken}"
+        fitting = [i for i, size in enumerate(x.shape) if size == rows]
+        if fitting:
+            text += f": pass dim={fitting[0]}, which has as many"
+        elif x.shape[dim] == other_rows:
+            text += f"; this is {other}"
+        return ShapeError(text)
 
     def _connected(self) -> Members:
         """Who the other ranks are.
@@ -177,6 +201,30 @@ class _Unshard(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (mine,) = ctx.saved_tensors
         return _take(grad, ctx.dim, mine, 0), None, None, None
+
+
+def _check_fill(call: str, x: Tensor, fill: float) -> None:
+    """Refuse a fill that would come out as another number.
+
+    Raises:
+        DtypeError: it would.
+    """
+    dtype = x.dtype
+    if fill == 0 or dtype.is_complex:
+        return
+    if dtype == torch.bool:
+        fits, held = fill == 1, "False and True"
+    elif dtype.is_floating_point:
+        most = torch.finfo(dtype).max
+        fits, held = not math.isfinite(fill) or abs(fill) <= most, f"numbers up to {most:g}"
+    else:
+        info = torch.iinfo(dtype)
+        fits = math.isfinite(fill) and fill == int(fill) and info.min <= fill <= info.max
+        held = f"ints from {info.min} to {info.max}"
+    if not fits:
+        raise DtypeError(
+            f"{call}: fill={fill!r} and x of dtype {dtype}, which holds {held}: convert x, or fill with one"
+        )
 
 
 def check_not_captured(device: torch.device) -> None:

@@ -20,7 +20,7 @@ def demo(
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens per step, at least.")] = 3072,
     rank_steps: Annotated[
         int, typer.Option(metavar="N", help="Of these steps, how many at most are trained on two ranks too; 0: none.")
-    ] = 30,
+    ] = 18,
     seed: Annotated[int, typer.Option(metavar="N", help="Chooses weights and documents.")] = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(metavar="NAME", help="float32, or bfloat16 by autocast.")] = "float32",

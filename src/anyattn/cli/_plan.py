@@ -12,8 +12,9 @@ import typer
 from rich.text import Text
 
 from anyattn._context import _explain as words
-from anyattn._context import _simulate
+from anyattn._context import _lengths, _simulate
 from anyattn._context._data import Entry, Shape, Stage
+from anyattn._context._explain import counted
 from anyattn._context._gpu import GPUS
 from anyattn._context._parallel import PLACEMENTS
 from anyattn._context._plan_data import PlanData
@@ -36,15 +37,15 @@ def _batch(
     lengths: str, tokens: str | None, seed: int, heads: str, kv_heads: str | None, head_dim: str, causal: bool,
     window: str | None, placement: str,
 ) -> Batch:  # fmt: skip
-    total = None if tokens is None else _simulate.size_of(tokens, "--tokens")
-    found = _simulate.lengths_of(lengths, total, seed)
+    total = None if tokens is None else _lengths.size_of(tokens, "--tokens")
+    found = _lengths.lengths_of(lengths, total, seed)
     if placement not in PLACEMENTS:
         raise InvalidArgument(f"--placement must be one of {', '.join(PLACEMENTS)}; got {placement!r}")
     query, key = _pair("--heads", heads, "N or N/KV, like 32 or 32/8")
     if kv_heads is not None:
         if "/" in heads:
             raise InvalidArgument(f"--heads {heads} says the kv heads already: leave --kv-heads out")
-        key = _simulate.size_of(kv_heads, "--kv-heads")
+        key = _lengths.size_of(kv_heads, "--kv-heads")
     shape = Shape(query, key, *_pair("--head-dim", head_dim, "D or D/DV, like 128 or 192/128"))
     if min(query, key, shape.head_dim, shape.head_dim_v) < 1 or query % key:
         raise InvalidArgument(
@@ -55,7 +56,7 @@ def _batch(
 
 
 def _machine(ranks: str, gpu: str, per_node: str, network: str | None, hierarchical: bool) -> Machine:
-    count, per_host = _simulate.size_of(ranks, "--ranks"), _simulate.size_of(per_node, "--gpus-per-node")
+    count, per_host = _lengths.size_of(ranks, "--ranks"), _lengths.size_of(per_node, "--gpus-per-node")
     if gpu not in GPUS:
         raise InvalidArgument(f"--gpu must be one of {', '.join(GPUS)}; got {gpu!r}")
     if not 1 <= count <= 65536 or per_host < 1:
@@ -70,7 +71,9 @@ def _machine(ranks: str, gpu: str, per_node: str, network: str | None, hierarchi
     if not 0 < rate < float("inf"):
         raise InvalidArgument(f"--network must be a number > 0, in GB per second and GPU; got {network!r}")
     if not machine.several_hosts:
-        raise InvalidArgument(f"--network goes with several hosts: {count} ranks fit one of --gpus-per-node {per_host}")
+        raise InvalidArgument(
+            f"--network goes with several hosts: {counted(count, 'rank')} fit one of --gpus-per-node {per_host}"
+        )
     return dataclasses.replace(machine, network=rate)
 
 
@@ -113,14 +116,15 @@ def _said(batch: Batch, machine: Machine, seed: int) -> list[str]:
     total = sum(lengths)
     mask = words.mask_words(batch.mask)
     lines = [
-        f"{len(lengths):,} sequences, {total:,} tokens (longest {max(lengths, default=0):,}, seed {seed}), {mask}, "
-        f"heads {shape.num_heads}/{shape.num_kv_heads}, head_dim {shape.head_dim}/{shape.head_dim_v}, placement "
-        f"{batch.placement}, on {machine.ranks} x {machine.gpu.name}.",
+        f"{counted(len(lengths), 'sequence')}, {counted(total, 'token')} (longest {max(lengths, default=0):,}, seed "
+        f"{seed}), {mask}, heads {shape.num_heads}/{shape.num_kv_heads}, head_dim {shape.head_dim}/{shape.head_dim_v}, "
+        f"placement {batch.placement}, on {machine.ranks} x {machine.gpu.name}.",
     ]
     if machine.several_hosts:
         lines.append(
-            f"{machine.per_host} GPUs a host. Between hosts a GPU receives {machine.network / 1e9:g} GB/s: given by "
-            "--network, else assumed (400 Gbit/s), not measured. What crosses hosts in part counts as crossing whole."
+            f"{counted(machine.per_host, 'GPU')} a host. Between hosts a GPU receives {machine.network / 1e9:g} GB/s: "
+            "given by --network, else assumed (400 Gbit/s), not measured. What crosses hosts in part counts as "
+            "crossing whole."
         )
     return lines
 
@@ -182,8 +186,9 @@ def _busiest(scheme: Scheme) -> list[Any]:
     head = ("stage", "key rows", "window", "entries: query rows x key rows of the stage, bottom-right")
     return [
         _render.heading(f"{data.comm}: rank {facts.rank}, the busiest"),
-        f"{facts.tokens:,} tokens, {facts.pairs:,} pairs, {facts.calls} kernel calls in {facts.stages} stages, "
-        f"receives {words.mib(facts.bytes_forward)} forward and {words.mib(facts.bytes_backward)} backward.",
+        f"{counted(facts.tokens, 'token')}, {counted(facts.pairs, 'pair')}, "
+        f"{counted(facts.calls, 'kernel call')} in {counted(facts.stages, 'stage')}, receives "
+        f"{words.mib(facts.bytes_forward)} forward and {words.mib(facts.bytes_backward)} backward.",
         "",
         _render.table(head, shown),
         "",
@@ -208,8 +213,8 @@ def _report(found: Simulation, batch: Batch, machine: Machine, seed: int) -> Non
     data = scheme.plan._data
     owners: list[Any] = [
         _render.heading(f"{found.chosen}: who owns what"),
-        f"{data.queries.rows:,} rows a rank. Columns are the tokens of the batch, a letter marks a document's; then "
-        "the ranges.",
+        f"{counted(data.queries.rows, 'row')} a rank. Columns are the tokens of the batch, a letter marks a "
+        "document's; then the ranges.",
         "",
         *(Text(line) for line in words.owners(data.queries)),
         "",

@@ -10,6 +10,7 @@ from matplotlib.colors import ListedColormap, hsv_to_rgb
 from matplotlib.figure import Figure
 
 from anyattn._context import _explain, _simulate
+from anyattn._context._explain import counted
 from anyattn._context._plan_data import PlanData
 
 _MOST_RANKS = 64
@@ -26,8 +27,8 @@ def draw(target: Path, data: PlanData) -> None:
         _work(work, data)
         ranks = data.topology.world
         figure.suptitle(
-            f"{data.comm} over {ranks} ranks, {_explain.mask_words(data.mask)}: {sum(data.queries.lengths):,} tokens "
-            f"in {len(data.queries.lengths):,} documents"
+            f"{data.comm} over {counted(ranks, 'rank')}, {_explain.mask_words(data.mask)}: "
+            f"{counted(sum(data.queries.lengths), 'token')} in {counted(len(data.queries.lengths), 'document')}"
         )
         figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
 

@@ -35,6 +35,10 @@ from anyattn.demo import model
 COUNT = 2
 SCHEMES = ("p2p", "all_gather", "a2a")
 _IMPLEMENTATION = "anyattn_context_parallel"
+#: Modules that take long to import, among them one that optimizers need at their first step.
+_PRELOADED = ["anyattn.demo.ranks", "torch._dynamo", "transformers.models.llama.modeling_llama"]
+#: Tokens of the documents that ranks warm up with.
+_WARM = (64, 48)
 #: Seconds in which the other rank's error follows the first.
 _GRACE = 5.0
 
@@ -127,15 +131,15 @@ def train(
     Raises:
         RankFailed: a rank ended in an error, was killed, or nothing was heard for too long.
     """
-    spawn = multiprocessing.get_context("spawn")
+    start = _starting()
     with tempfile.TemporaryDirectory(prefix="anyattn-demo-") as name:
         folder = Path(name)
         torch.save({"batches": [list(batch) for batch in batches], "weights": weights}, folder / "start.pt")
         processes, pipes = [], []
         try:
             for rank in range(COUNT):
-                here, there = spawn.Pipe(duplex=False)
-                process = spawn.Process(target=main or rank_main, args=(rank, task, folder, there), daemon=True)
+                here, there = start.Pipe(duplex=False)
+                process = start.Process(target=main or rank_main, args=(rank, task, folder, there), daemon=True)
                 process.start()
                 there.close()  # so that the end of the process is the end of the pipe
                 processes.append(process)
@@ -147,6 +151,15 @@ def train(
                 process.join()
             for pipe in pipes:
                 pipe.close()
+
+
+def _starting() -> Any:
+    """How ranks are started: forked from a clean process that has imported what they need once, where there is such."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    start = multiprocessing.get_context("forkserver")
+    start.set_forkserver_preload(_PRELOADED)
+    return start
 
 
 def _follow(processes: Sequence[Any], pipes: Sequence[Any], on_step: Callable[[Step], None], silence: float) -> None:
@@ -220,8 +233,9 @@ def _train_rank(rank: int, task: Task, folder: Path, pipe: Connection) -> None:
     dist.init_process_group(task.backend, store=store, rank=rank, world_size=COUNT, timeout=patience)
     way = _Divided(task, {comm: ContextParallel(dist.group.WORLD, comm=comm) for comm in SCHEMES})
     trainer = _trainer(task, start["weights"], way, device)
+    short = [torch.zeros(count, dtype=torch.int64) for count in _WARM]
     for way.comm in SCHEMES:  # kernels are loaded, and connections made, at their first call
-        trainer.look(start["batches"][0])
+        trainer.look(short)
     for number, documents in enumerate(start["batches"]):
         way.comm = SCHEMES[number % len(SCHEMES)]
         begin = time.perf_counter()
@@ -258,6 +272,14 @@ def _attention_forward(
     return attention(q, k, v, scale=scaling, plan=plan)[None], None
 
 
+def _sum(gradients: Sequence[Tensor]) -> None:
+    """Add up the ranks' gradients, in place, in one exchange."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
 class _Divided:
     """The way of a rank: forward and backward of its rows; loss and gradients are those of the whole batch."""
 
@@ -279,8 +301,7 @@ class _Divided:
         positions = plan.position_ids
         logits = whole(input_ids=inputs[None], position_ids=positions[None], plan=plan, use_cache=False).logits
         mine = model.backward(logits[0], targets, model.count(documents))
-        for parameter in whole.parameters():
-            dist.all_reduce(parameter.grad)
+        _sum([parameter.grad for parameter in whole.parameters()])
         total = torch.tensor(mine, dtype=torch.float64, device=whole.device)
         dist.all_reduce(total)
         return float(total)

@@ -50,7 +50,7 @@ class Settings:
     """What to run."""
 
     steps: int = 60
-    rank_steps: int = 30
+    rank_steps: int = 18
     """So many of them, at most, are trained on two ranks too; 0: none."""
     tokens: int = 3072
     """At least as many tokens per step."""
