@@ -25,7 +25,7 @@ from torch import Tensor
 
 import anyattn
 import oracle
-from anyattn import _core, _select
+from anyattn import _preparation, _select
 from anyattn._capability import Capability
 from doubles import pretend
 from oracle import Span, Terms
@@ -585,12 +585,12 @@ def takes(case: Case) -> bool:
 @contextmanager
 def _meta_is_this_gpu() -> Iterator[None]:
     """``explain(on=...)`` would assume whole builds of each kernel; this is about the ones that are installed."""
-    arch_of = _core.arch_of
-    _core.arch_of = lambda device: arch_of(torch.device("cuda"))  # type: ignore[assignment]
+    arch_of = _preparation.arch_of
+    _preparation.arch_of = lambda device: arch_of(torch.device("cuda"))  # type: ignore[assignment]
     try:
         yield
     finally:
-        _core.arch_of = arch_of
+        _preparation.arch_of = arch_of
 
 
 class deterministic_flag:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from anyattn import _autograd, _core, _environment, _select, _traced
+from anyattn import _autograd, _core, _environment, _preparation, _select, _traced
 from anyattn._call import Call
-from anyattn._core import Inputs, Prepared
 from anyattn._errors import InvalidArgument, PackingError, Refused
 from anyattn._packing import Packing
+from anyattn._preparation import Inputs, Prepared
 from anyattn._request import (
     Request,
     Tensors,
@@ -250,7 +250,7 @@ def _attention(
 
     def prepare() -> Prepared:
         request = make_request(t, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
-        found = _core.prepare(request)
+        found = _preparation.prepare(request)
         if key is not None:
             if len(_prepared) >= _CACHE_SIZE:
                 _prepared.clear()
@@ -260,7 +260,7 @@ def _attention(
     def run(p: Prepared) -> Any:
         return _autograd.run(p, _inputs(p, t), t.q, t.k, t.v, t.sink, t.bias)
 
-    out, lse = _core.run_accepted(prepare, run, lambda: _drop(key))
+    out, lse = _preparation.run_accepted(prepare, run, lambda: _drop(key))
     return (out, lse) if return_lse else out
 
 
@@ -454,7 +454,7 @@ def explain(
         q, k, v = (x.transpose(*swap).flatten(0, 1)[: packing._facts.rows] for x in (q, k, v))
         tensors, layout = tensors._replace(q=q, k=k, v=v, packing=packing.compact()), None
     request = make_request(tensors, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
-    return _core.explain(request, installed, arch)
+    return _preparation.explain(request, installed, arch)
 
 
 @dataclass(frozen=True, slots=True)

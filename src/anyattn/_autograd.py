@@ -9,8 +9,8 @@ from torch import Tensor
 
 from anyattn import _core
 from anyattn._call import Call, Result, Saved
-from anyattn._core import Inputs, Prepared
 from anyattn._errors import Unsupported
+from anyattn._preparation import Inputs, Prepared
 
 
 class Kept(NamedTuple):

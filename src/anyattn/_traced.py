@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyattn import _core, _select
+from anyattn import _core, _preparation, _select
 from anyattn._call import Result, Rows, Saved
-from anyattn._core import Inputs, Prepared
 from anyattn._environment import flash_override
 from anyattn._errors import PackingError
 from anyattn._packing import Packing, build_table, host_of_table, rows_of_table
+from anyattn._preparation import Inputs, Prepared
 from anyattn._request import Meta, Request, Tensors, is_block_mask
 
 _SWAP = {"sbhd": (0, 1), "bhsd": (1, 2)}
@@ -203,7 +203,7 @@ def _prepare(request: Request) -> Prepared:
     if prepared is None:
         if len(_prepared) >= 4096:
             _prepared.clear()
-        prepared = _prepared[request] = _core.prepare(request)
+        prepared = _prepared[request] = _preparation.prepare(request)
     return prepared
 
 
@@ -263,7 +263,7 @@ def _forward_op(
         call = _core.make_call(p, enter(q), enter(k), enter(v), sink, _four_dims(bias), x)
         return p, _core.forward(p, call, sink)
 
-    p, (out, lse, rng, _) = _core.run_accepted(lambda: _prepare(request), run, lambda: _drop(request))
+    p, (out, lse, rng, _) = _preparation.run_accepted(lambda: _prepare(request), run, lambda: _drop(request))
     if len(_ran) >= 4096:
         _ran.clear()
     _ran[request] = p

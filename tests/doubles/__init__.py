@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 import anyattn
-from anyattn import _core, _environment, _select
+from anyattn import _environment, _preparation, _select
 from anyattn.backends import ORDER
 from anyattn.backends import get as get_backend
 from doubles import aten_cudnn, aten_efficient, aten_flash, fa2, fa3, fa4
@@ -69,7 +69,7 @@ def pretend(on: str, *, without: tuple[str, ...] = (), **versions: str | None) -
             if double is not None:
                 stack.callback(double.close)
         stack.enter_context(_packages(machine))
-        stack.enter_context(mock.patch.object(_core, "arch_of", return_value=arch))
+        stack.enter_context(mock.patch.object(_preparation, "arch_of", return_value=arch))
         for name in ORDER:
             if not (name in PACKAGED and (versions.get(name) or name in absent)):
                 stack.enter_context(_probes(name, versions.get(name)))

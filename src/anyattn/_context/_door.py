@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anyattn import _core, _environment, _select
+from anyattn import _environment, _preparation, _select
 from anyattn._context import _cost, _kernel, _schedule, _tables
 from anyattn._context._agreement import OthersFailed
 from anyattn._context._attention import ContextAttention, Run
@@ -208,7 +208,7 @@ def explain(t: Tensors, asked: Asked, plan: Any, installed: Any, arch: int | Non
     if not calls:
         raise ContextError("this rank has nothing to compute under this plan: no kernel is chosen")
     sizes = [sum(e.len_q * e.len_k for e in call.call.entries) for call in calls]
-    return _core.explain(requests[sizes.index(max(sizes))], installed, arch)
+    return _preparation.explain(requests[sizes.index(max(sizes))], installed, arch)
 
 
 def _requests(t: Tensors, asked: Asked, plan: ContextPlan) -> tuple[list[CallTables], list[Request]]:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anyattn import _core, _select
+from anyattn import _core, _preparation, _select
 from anyattn._call import Result, Saved
 from anyattn._context._tables import CallTables
-from anyattn._core import Inputs, Prepared
+from anyattn._preparation import Inputs, Prepared
 from anyattn._request import Meta, Request
 
 
@@ -86,7 +86,7 @@ class Kernel:
                 call = call._replace(out=place)
             return p, _core.forward(p, call, None)
 
-        p, (out, lse, rng, _) = _core.run_accepted(settle, run, drop)
+        p, (out, lse, rng, _) = _preparation.run_accepted(settle, run, drop)
         return p, Result(self._flat(out), self._flat_lse(lse), rng)
 
     def request(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Request:
@@ -205,7 +205,7 @@ def _prepare(request: Request, bare: bool) -> Prepared:
     if found is None:
         if len(_prepared) >= 4096:
             _prepared.clear()
-        found = _core.prepare(request)
+        found = _preparation.prepare(request)
         if bare:
             found = replace(found, fill_q=False, fill_k=False, fill_lse=False)
         _prepared[key] = found

@@ -18,7 +18,7 @@ from anyattn._context import _rows
 from anyattn._context._exchange import Arrival, exchange
 from anyattn._context._kernel import Kernel, Options, Terms
 from anyattn._context._tables import CallTables, StageTables, Tables
-from anyattn._core import Prepared
+from anyattn._preparation import Prepared
 
 NEG_INF = float("-inf")
 
