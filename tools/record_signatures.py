@@ -9,6 +9,7 @@ A folder holds sdists and wheels, as pip leaves them, of as many releases as wan
     pip download --no-deps --no-binary :all: --no-build-isolation flash-attn==2.8.3
     pip download --no-deps flash-attn-4==4.0.0b36 fa3-fwd==0.0.3 nvidia-cudnn-frontend==1.32.0
     pip download --no-deps --only-binary :all: --platform macosx_14_0_arm64 torch==2.15.0
+    pip download --no-deps transformer-engine==2.20.2
 
 For the first, pip runs the package's setup.py: it wants torch, psutil, wheel and setuptools below 70, and
 FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE. For the last, any platform will do, and that one is small. A clone is one of
@@ -36,6 +37,7 @@ SOURCES = {
     "fa3_fwd": "wheels of fa3-fwd on PyPI: fa3_fwd_interface.py, fa3_fwd_config.py, strings of fa3_fwd/_C.abi3.so",
     "fa4": "wheels of flash-attn-4 on PyPI: flash_attn/cute/interface.py",
     "torch": "wheels of torch on PyPI: torch/nn/attention, torchgen/packaged/ATen/native/native_functions.yaml",
+    "transformer_engine": "wheels of transformer-engine on PyPI: pytorch/attention/dot_product_attention",
 }
 
 

@@ -42,6 +42,10 @@ TORCH = {
         "flex_attention", "create_block_mask", "BlockMask.__init__", "BlockMask.from_kv_blocks",
     ),
 }  # fmt: skip
+_DPA = "transformer_engine/pytorch/attention/dot_product_attention/dot_product_attention.py"
+TRANSFORMER_ENGINE = {
+    _DPA: tuple(f"DotProductAttention.{m}" for m in ("__init__", "forward", "set_context_parallel_group")),
+}
 ATEN = re.compile(
     r"- func: ((?:_flash_attention|_efficient_attention|_cudnn_attention|_scaled_dot_product_(?:cudnn|flash|efficient"
     r"|fused)\w*|_fused_sdp_choice|scaled_dot_product_attention)\w*\(.*)"
@@ -104,6 +108,17 @@ def torch(folder: Path) -> Iterator[Release]:
             listed = archive.read("torchgen/packaged/ATen/native/native_functions.yaml").decode()
         for schema in ATEN.findall(listed):
             functions["aten::" + schema.partition("(")[0]] = {"schema": schema}
+        yield version, {}, functions
+
+
+def transformer_engine(folder: Path) -> Iterator[Release]:
+    """Wheels of transformer-engine: the Python is the same for every platform."""
+    for version, path in _sorted(folder, "transformer_engine-*.whl"):
+        functions: dict[str, dict[str, Any]] = {}
+        with zipfile.ZipFile(path) as archive:
+            for name, wanted in TRANSFORMER_ENGINE.items():
+                found = python_source.read(archive.read(name).decode(), wanted)
+                functions |= {n: {"signature": entry["signature"]} for n, entry in found.items()}
         yield version, {}, functions
 
 
