@@ -21,6 +21,7 @@ import torch
 import anyattn
 import backend_pages
 import figures
+import transformers_table
 from anyattn import _errors, _support
 from anyattn.backends import ORDER
 from tables import kernels
@@ -170,6 +171,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "tree": tree,
     "explain": explanation,
     "errors": errors,
+    "transformers-cases": transformers_table.cases,
 }
 for _name in ORDER:
     PARTS |= backend_pages.parts(_name)

@@ -109,6 +109,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "cross_documents": CROSS | {"placement": "documents", "garbage": float("nan")},
     "cross_plain": {"lengths": 11, "keys": 25, "batch": 2, "terms": Terms()},
     "cross_plain_bias": {"lengths": 11, "keys": 25, "batch": 2, "scores": "bias mask", "terms": Terms()},
+    "cross_as_many_rows": {"lengths": (5, 19, 8), "keys": (20, 3, 9), "terms": Terms()},
     "cross_without_keys": {"lengths": (5, 3), "keys": (0, 0), "terms": Terms()},
 }
 

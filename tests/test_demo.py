@@ -10,7 +10,7 @@ import torch
 import anyattn
 from anyattn.demo import data, model
 from anyattn.demo import run as running
-from anyattn.integrations import transformers as integration
+from anyattn.integrations import _transformers_call as integration
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")

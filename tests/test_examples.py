@@ -10,6 +10,7 @@ import pytest
 import torch
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "context_parallel.py"
+IMAGES = EXAMPLE.with_name("diffusers_image_model.py")
 LINE = re.compile(r"step +(\d+)  loss (\d+\.\d+) +[\d,]+ tokens/s  (\w+)")
 STEPS = 3
 
@@ -55,3 +56,47 @@ def test_it_says_how_to_start_it():
     ended = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
     assert "start it with torchrun --nproc-per-node N examples/context_parallel.py" in ended.stderr
+
+
+def painted(attention: str) -> list[float]:
+    """The losses that the image model prints with a backend of diffusers."""
+    pytest.importorskip("diffusers")
+    command = [sys.executable, str(IMAGES), "--steps", "9", "--every", "4", "--attention", attention]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found = re.findall(r"step +(\d+)  loss (\d+\.\d+) +[\d,]+ images/s", ended.stdout)
+    assert [int(step) for step, _ in found] == [1, 4, 8, 9], ended.stdout
+    return [float(loss) for _, loss in found]
+
+
+def test_an_image_model_learns_as_with_diffusers_own_attention():
+    found = painted("anyattn")
+    assert found[0] > found[-1] + 0.3, "it does not learn"
+    assert found == pytest.approx(painted("native"), abs=5e-4)  # training magnifies rounding
+
+
+# --- examples that run alone, and under torchrun ---
+
+STARTS = {"pretrain.py": ("--comm", "p2p"), "finetune_trainer.py": ("--longest", "256")}
+
+
+def printed_losses(name: str, ranks: int | None, *options: str) -> list[float]:
+    """What an example prints; ranks None: as plain Python."""
+    launcher = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *launcher, str(EXAMPLE.with_name(name)), "--steps", str(STEPS), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found = re.findall(r"^step +(\d+)  loss (\d+\.\d+)", ended.stdout, re.MULTILINE)
+    assert [int(step) for step, _ in found] == list(range(1, STEPS + 1)), ended.stdout
+    return [float(loss) for _, loss in found]
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_one_process_learns_what_two_ranks_learn(name):
+    if name == "finetune_trainer.py":
+        pytest.importorskip("accelerate")
+    alone = printed_losses(name, None, *STARTS[name])
+    assert alone[0] > alone[-1] + 0.1, "it does not learn"
+    assert printed_losses(name, 2, *STARTS[name]) == pytest.approx(alone, abs=2e-4)

@@ -384,3 +384,17 @@ def test_parameters_and_subclasses_of_tensor() -> None:
     plain = anyattn.attention(x, x, x)
     parameter = torch.nn.Parameter(x)
     assert torch.equal(anyattn.attention(parameter, parameter, parameter), plain)
+
+
+@pytest.mark.parametrize("least", [-1e4, float(torch.finfo(torch.float32).min)])
+def test_biases_of_the_least_number_average(least: float) -> None:
+    """Where a bias hides every key of a row by a huge number, all scores are that number, and out is an average."""
+    q, k, v = (torch.randn(1, 3, 2, 8, requires_grad=True) for _ in "qkv")
+    bias = torch.zeros(1, 1, 3, 3)
+    bias[..., 1, :] = least
+    out = anyattn.attention(q, k, v, bias=bias, backend="reference")
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 8**-0.5 + bias
+    wanted = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+    torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-3)
+    found, expected = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, wanted))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

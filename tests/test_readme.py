@@ -15,7 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 #: Pages whose code is run from top to bottom, each in a namespace of its own.
-RUN = ("README.md", "docs/choosing.md", "docs/padding.md", "docs/transformers.md")
+RUN = (
+    "README.md",
+    "docs/choosing.md",
+    "docs/padding.md",
+    "docs/torchtitan.md",
+    "docs/transformers-context-parallel.md",
+    "docs/transformers.md",
+)
 
 
 def name_of(page: Path) -> str:

@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 #: The names that users may rely on. A change here is a change of the public interface.
 PUBLIC = {
-    "AnyattnError", "BackendStatus",
+    "AnyattnError", "Attention", "BackendStatus",
     "ContextError",
     "ContextParallel",
     "ContextPlan", "DeviceError", "DtypeError", "Explanation", "InvalidArgument", "MissingExtra",
@@ -27,6 +27,8 @@ PUBLIC = {
 #: The environment variables of anyattn, and those of others that it honours or sets: file -> names.
 ENVIRONMENT = {"ANYATTN_BACKEND", "ANYATTN_LOG", "ANYATTN_CACHE_DIR"}
 OTHERS_ENVIRONMENT = {
+    "_context/_exchange.py": {"TORCH_NCCL_HIGH_PRIORITY"},  # whether what NCCL starts goes first
+    "integrations/transformer_engine.py": {"NVTE_ALLOW_NONDETERMINISTIC_ALGO"},  # Transformer Engine's own
     "backends/flex.py": {"CXX"},  # the compiler that torch's own compiler would use
     "backends/fa4.py": {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"},  # the package's own cache of compiled kernels
     "cli/_render.py": {"COLUMNS"},  # a terminal's width
@@ -132,6 +134,7 @@ LAYERS = (
     {"anyattn._select"},
     {"anyattn._request"},
     {"anyattn._validate"},
+    {"anyattn._preparation"},
     {"anyattn._core"},
     {"anyattn._autograd", "anyattn._traced"},
     {"anyattn._api"},
@@ -144,7 +147,7 @@ def layer(module: str) -> int | None:
 
 
 def test_the_spine_points_one_way() -> None:
-    """_api to _core to _select to _capability to _problem, and never back."""
+    """_api to _core to _preparation to _select to _capability to _problem, and never back."""
     for file in FILES:
         here = layer(module_name(file))
         if here is None:

@@ -21,12 +21,14 @@ from anyattn._errors import (
     UnknownBackend,
     Unsupported,
 )
+from anyattn._module import Attention
 from anyattn._packing import Packing
 from anyattn._select import Explanation, use
 from anyattn._warm_up import warm_up
 
 __all__ = [
     "AnyattnError",
+    "Attention",
     "BackendStatus",
     "ContextError",
     "ContextParallel",

@@ -106,7 +106,7 @@ def _by_heads(
     heads, tables = run.heads, run.job.tables
     assert heads is not None
     order_q, order_k = tables.order_q, tables.order_k
-    arrivals = _send_inputs(heads, q, k, v)
+    arrivals = _send_inputs(heads, q, k, v, together=tables.alike)
     mine = _inputs(heads, arrivals, q, k, v, order_q and order_q[0], order_k and order_k[0])
     own = heads.share.of_rank(run.head_rank)
     terms = terms_of(run, run.terms.alibi, None, None, own)
@@ -130,10 +130,10 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _send_inputs(heads: HeadExchange, q: Tensor, k: Tensor, v: Tensor) -> list[Any]:
-    """q, k and v in one exchange, where they have as many rows."""
+def _send_inputs(heads: HeadExchange, q: Tensor, k: Tensor, v: Tensor, *, together: bool) -> list[Any]:
+    """q, k and v in one exchange, where their rows are alike."""
     keys = [(k, True), (v, True)]
-    if q.shape[0] == k.shape[0]:
+    if together:
         return [heads.send([(q, False), *keys])]
     return [heads.send([(q, False)]), heads.send(keys)]
 
@@ -224,6 +224,6 @@ def _send_gradients(heads: HeadExchange, dout: Tensor, dlse: Tensor | None) -> l
 
 def _send_back(heads: HeadExchange, tables: Any, got: Any) -> list[Any]:
     back_q, back_k = (None if order is None else order[1] for order in (tables.order_q, tables.order_k))
-    if got.dq.shape[0] == got.dk.shape[0] and (back_q is None) == (back_k is None):
+    if tables.alike:
         return [heads.send_back([got.dq, got.dk, got.dv], back_q)]
     return [heads.send_back([got.dq], back_q), heads.send_back([got.dk, got.dv], back_k)]

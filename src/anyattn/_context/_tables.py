@@ -92,6 +92,8 @@ class Tables:
     order_q: tuple[Tensor, Tensor] | None
     """int32 (united rows, 1) each: into order, and back; None where head ranks' rows are in order as they come."""
     order_k: tuple[Tensor, Tensor] | None
+    alike: bool
+    """Queries and keys have as many rows, and one order."""
     tensors: tuple[Tensor, ...] = ()
     """All of the above, in the order in which they were made: what is refilled."""
 
@@ -162,6 +164,7 @@ def build(data: PlanData, device: torch.device, *, alibi: bool, dense: bool) -> 
         up.add(_indices.padding(queries, data.rank // data.topology.heads)),
         None if order_q is None else (up.add(order_q[0]), up.add(order_q[1])),
         None if order_k is None else (up.add(order_k[0]), up.add(order_k[1])),
+        rows_q == rows_k and (data.keys is data.queries or (not fixed and data.order[0] == data.order[1])),
     )
     made, tensors = up.moved(made, device)
     return replace(made, tensors=tensors)

@@ -99,9 +99,14 @@ def _scores(call: Call, piece: Piece, q: Tensor, k: Tensor) -> tuple[Tensor, Ten
 
 
 def _probabilities(final: Tensor, lse: Tensor) -> Tensor:
-    """(B, H, S, K), from scores and lse (B, H, S). A row that sees nothing has zeros; a sink in lse has its share."""
-    finite = lse.masked_fill(lse == float("-inf"), 0.0)
-    return torch.exp(final - finite[..., None])
+    """(B, H, S, K), from scores and lse (B, H, S). A row that sees nothing has zeros; a sink in lse has its share.
+
+    Not exp(score - lse): where all scores of a row are huge, as biases of a dtype's least number make them, lse cannot
+    hold by how much it is more than they are.
+    """
+    own = torch.logsumexp(final, -1)
+    share = torch.exp(own - lse).masked_fill(own == float("-inf"), 0.0)
+    return torch.softmax(final, -1).masked_fill((own == float("-inf"))[..., None], 0.0) * share[..., None]
 
 
 def _forward_piece(

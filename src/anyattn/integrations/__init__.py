@@ -1,5 +1,5 @@
-"""anyattn inside other libraries. Each module imports its library only when ``register()`` is called."""
+"""anyattn inside other libraries. Each module imports its library only when ``register()`` is called, or never."""
 
-from anyattn.integrations import transformers
+from anyattn.integrations import diffusers, transformer_engine, transformers
 
-__all__ = ["transformers"]
+__all__ = ["diffusers", "transformer_engine", "transformers"]

@@ -6,12 +6,12 @@ model library.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from anyattn._errors import PackingError
+from anyattn._errors import PackingError, Unsupported
 from anyattn._packing import Facts, Packing, build_table
 
 
@@ -21,6 +21,8 @@ class Pattern(NamedTuple):
     causal: bool
     window: int | None = None
     """Rows visible before the query's own, and after it where not causal; None is unbounded."""
+    chunk: int | None = None
+    """A sequence is cut into chunks of this many rows, which do not see each other; None: it is not."""
 
     def sides(self) -> tuple[int, int] | None:
         """As ``attention(window=...)``."""
@@ -43,7 +45,7 @@ class Layout(NamedTuple):
     flat: bool = False
     """The packing counts rows of the flattened batch; otherwise sequence i lies in entry i."""
     mask: Tensor | None = None
-    """bool (B, 1, Q, K), complete: position, padding and documents."""
+    """bool (B, 1, Q, K), complete: position, padding, documents and chunks."""
 
 
 PLAIN = Layout()
@@ -55,16 +57,19 @@ def lay_out(
     real: Tensor | None = None,
     documents: Tensor | None = None,
     *,
+    origin: Tensor | None = None,
     dense: bool = False,
     device: torch.device | None = None,
 ) -> Layout:
-    """Express padding and documents, in place where that is possible.
+    """Express padding, documents and chunks, in place where that is possible.
 
     Args:
         shape: sizes of the call.
         pattern: what position allows.
         real: bool (B, K) on the CPU: keys that are no padding. None: all.
-        documents: integers (B, Q) on the CPU: rows of one entry with one number are one document. Needs Q == K.
+        documents: integers (B, K) on the CPU: rows of one entry with one number are one document.
+        origin: int64 (B,) on the CPU: the row of each sequence's first token, for chunks; below 0 where a cache has
+            dropped it. None: the first real row. Several documents in an entry each begin at their own.
         dense: give a mask even where a Packing would do.
         device: where the result is needed.
 
@@ -75,17 +80,39 @@ def lay_out(
         real = None
     if documents is not None and not several(documents):
         documents = None
+    if pattern.chunk is not None:
+        documents = _chunks(shape, pattern.chunk, real, documents, origin)
+    if documents is not None and shape.queries == 1 < shape.keys:  # one query, of the last document
+        own = documents == documents[:, -1:]
+        real, documents = own if real is None else own & real, None
+    if documents is not None and not several(documents):
+        documents = None
     if real is None and documents is None and not dense:
         return PLAIN
     layout = None
     if not dense:
         if documents is not None:
-            layout = _documents(shape, real, documents)
+            layout = _documents(shape, real, documents) if shape.queries == shape.keys else None
         elif real is not None:
             layout = _padded(shape, pattern, real)
     if layout is None:
         layout = Layout(mask=_dense(shape, pattern, real, documents))
     return _to(layout, device)
+
+
+def _chunks(shape: Shape, chunk: int, real: Tensor | None, documents: Tensor | None, origin: Tensor | None) -> Tensor:
+    """int64 (B, K): documents cut into chunks of this many rows, counted from where each begins."""
+    row = torch.arange(shape.keys).expand(shape.batch, -1)
+    if documents is None:
+        if origin is None:
+            origin = torch.zeros(shape.batch, dtype=torch.long) if real is None else real.int().argmax(1)
+        return torch.div(row - origin[:, None], chunk, rounding_mode="floor")
+    number: Tensor = documents.long().unique(return_inverse=True)[1]
+    at = row if real is None else row.masked_fill(~real, shape.keys)
+    begin = torch.full((shape.batch, int(number.max()) + 1), shape.keys)
+    begin = begin.scatter_reduce(1, number, at, "amin").gather(1, number)
+    part: Tensor = torch.div(row - begin, chunk, rounding_mode="floor").clamp(min=0)
+    return number * (shape.keys + 1) + part
 
 
 def _to(layout: Layout, device: torch.device | None) -> Layout:
@@ -157,7 +184,8 @@ def _dense(shape: Shape, pattern: Pattern, real: Tensor | None, documents: Tenso
         visible &= distance.abs() <= pattern.window
     mask = visible[None, None].expand(shape.batch, 1, shape.queries, shape.keys)
     if documents is not None:
-        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
+        own = documents[:, shape.keys - shape.queries :]
+        mask = mask & (own[:, None, :, None] == documents[:, None, None, :])
     if real is not None:
         mask = mask & real[:, None, None, :]
         if pattern.causal:
@@ -166,6 +194,13 @@ def _dense(shape: Shape, pattern: Pattern, real: Tensor | None, documents: Tenso
 
 
 # --- documents, from positions ---
+
+
+def may_restart(positions: Any, shape: Shape) -> bool:
+    """Whether positions could tell documents apart. Three rows of them (as for images) need an explicit packing."""
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.is_floating_point():
+        return False
+    return positions.shape[0] in (1, shape.batch) and positions.shape[1] == shape.queries > 1
 
 
 def documents_of(position_ids: Tensor, batch: int, real: Tensor | None = None) -> Tensor:
@@ -242,6 +277,21 @@ def _names(layout: Layout, shape: Shape) -> Tensor | None:
     for i, (start, length) in enumerate(zip(facts.starts, facts.lengths, strict=True)):
         names[start : start + length] = i
     return names.view(shape.batch, shape.queries)
+
+
+def in_chunks(layout: Layout, shape: Shape, pattern: Pattern, device: torch.device | None) -> Layout:
+    """The sequences of an explicit packing, each cut into the pattern's chunks.
+
+    Raises:
+        Unsupported: the packing's lengths are not known on the host.
+    """
+    names = _names(layout, shape)
+    if names is None or layout.packing_kv is not None or shape.queries != shape.keys:
+        raise Unsupported(
+            "chunked attention needs a packing whose lengths the host knows, the same for queries and keys: make it "
+            "with check=True, without a fixed capacity and packing_kv"
+        )
+    return lay_out(shape, pattern, names >= 0, names, device=device)
 
 
 def from_offsets(offsets: Tensor, longest: int | None, offsets_kv: Tensor, longest_kv: int | None) -> Layout:

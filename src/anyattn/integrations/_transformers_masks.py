@@ -1,26 +1,35 @@
 """The mask function that transformers calls, once per forward and kind of layer.
 
-transformers describes a mask by functions of indices. Those that anyattn knows (causal, sliding window, bidirectional,
-packed by positions) become a Packing, made here and carried by the returned mask as an attribute: layers find all they
-need on it and wait for nothing. Anything else, and everything under ``torch.compile``, becomes transformers' own
-complete 4-D mask.
+transformers describes a mask by functions of indices. Those that anyattn knows (causal, sliding window, chunked,
+bidirectional, packed by positions) become a Packing, made here and carried by the returned mask as an attribute: layers
+find all they need on it and wait for nothing. Anything else, and everything under ``torch.compile``, becomes
+transformers' own complete 4-D mask.
 
-What is returned is a 2-D bool tensor, True for a real token, because that is what passes through ``generate`` and
-gradient checkpointing unharmed. It counts from the very first token, so it may be handed in again.
+What is returned is a 2-D tensor, because that is what passes through ``generate`` and gradient checkpointing unharmed:
+bool, True for a real token, or integers, 0 for padding and else the number of the token's chunk. It counts from the
+very first token, so it may be handed in again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from anyattn.integrations._layout import Layout, Pattern, Shape, lay_out
+from anyattn.integrations._layout import Layout, Pattern, Shape, lay_out, may_restart, several
+from anyattn.integrations._transformers_memory import documents_at
 
 _ATTRIBUTE = "_anyattn_facts"
+_TRACED = "_anyattn_traced"
+#: The positions that came with the mask that is asked for next. transformers keeps them from its mask functions where
+#: there is a cache or a 2-D mask.
+positions_given: ContextVar[Tensor | None] = ContextVar("positions_given", default=None)
+#: What a mask made under ``torch.compile`` was made for.
+PLAIN_PATTERN, CHUNKS = "pattern", "chunks"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +48,27 @@ class Facts:
     layout: Layout
     device: torch.device | None = None
     """Where the layout lives."""
+    origin: Tensor | None = None
+    """int64 (B,) on the CPU: the key row of each sequence's first token, where the pattern has chunks."""
+    looked: bool = False
+    """Positions were looked at: without ``documents`` there is one per entry."""
 
 
 def facts_of(mask: Tensor) -> Facts | None:
     """What the mask function noted on a mask."""
     return None if torch.compiler.is_compiling() else getattr(mask, _ATTRIBUTE, None)
+
+
+def traced_pattern(mask: Any) -> str | None:
+    """What a mask was made for under ``torch.compile``; None: by the user, or elsewhere."""
+    found: str | None = getattr(mask, _TRACED, None)
+    return found
+
+
+def note_traced(mask: Tensor, chunked: bool) -> Tensor:
+    """Say on a mask made under ``torch.compile`` that position and padding are all that is in it; or chunks too."""
+    setattr(mask, _TRACED, CHUNKS if chunked else PLAIN_PATTERN)
+    return mask
 
 
 def make_mask(
@@ -77,31 +102,66 @@ def make_mask(
 
     if mask_function is None:
         mask_function = masking_utils.causal_mask_function
-    facts = None if attention_mask is None else facts_of(attention_mask)
-    if facts is not None and (*facts.shape[:2], facts.allocated) == (batch_size, q_length, kv_length):
-        return attention_mask
-    known = None if _tracing(attention_mask) or options.get("use_vmap") else _recognize(mask_function)
+    tracing = _tracing(attention_mask)
+    positions = None if tracing else positions_given.get()
+    if positions is not None:
+        positions_given.set(None)
+    known = None if tracing or options.get("use_vmap") else recognize(mask_function)
     placed = None
-    if known is not None and not _must_materialize(options, packed=known[1] is not None):
-        placed = _place(known[0], q_length, kv_length, q_offset, kv_offset)
+    if known is not None and not _must_materialize(options, packed=known.documents is not None):
+        placed = _place(known.pattern, q_length, kv_length, q_offset, kv_offset)
     if known is None or placed is None:
         mask = masking_utils.sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, device=device,
             **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
         )  # fmt: skip
-        return _without_padded_queries(mask, attention_mask, q_offset, options)
-    pattern, documents = known
+        mask = _without_padded_queries(mask, attention_mask, q_offset, options)
+        return note_traced(mask, _is_chunked(options)) if tracing else mask
+    pattern, documents, left = known
+    if pattern.chunk is not None and kv_offset + placed <= pattern.chunk:
+        pattern = pattern._replace(chunk=None)  # all within the first one, also of a sequence that begins later
     shape = Shape(batch_size, q_length, placed)
     real = _real_keys(attention_mask, kv_offset, placed)
-    if real is None and documents is None and placed == kv_length and pattern == Pattern(causal=True):
+    host = _documents(shape, pattern, documents, positions, real)
+    if real is None and host is None and placed == kv_length and pattern == Pattern(causal=True):
         return None
     device = torch.device(device)
-    host = None if documents is None else documents.cpu().expand(batch_size, -1)
-    layout = lay_out(shape, pattern, real, host, device=device)
+    origin = None if pattern.chunk is None or left is None else left.cpu().long().expand(batch_size) - kv_offset
+    layout = lay_out(shape, pattern, real, host, origin=origin, device=device)
     mask = _from_the_start(attention_mask, batch_size, kv_offset + placed, kv_offset + kv_length, device)
-    setattr(mask, _ATTRIBUTE, Facts(shape, kv_length, pattern, real, host, layout, device))
+    if pattern.chunk is not None and left is not None:
+        mask = _numbered(mask, pattern.chunk, left)
+    looked = host is not None or (pattern.causal and may_restart(positions, shape))
+    setattr(mask, _ATTRIBUTE, Facts(shape, kv_length, pattern, real, host, layout, device, origin, looked))
     return mask
+
+
+def _documents(
+    shape: Shape, pattern: Pattern, documents: Tensor | None, positions: Tensor | None, real: Tensor | None
+) -> Tensor | None:
+    """Integers (B, Q) on the CPU: the documents that transformers found, or that positions tell apart; None: one."""
+    if documents is not None:
+        return documents.cpu().expand(shape.batch, -1)
+    if not pattern.causal or not may_restart(positions, shape):
+        return None
+    assert positions is not None
+    found = documents_at(positions, shape, real, None)
+    return found if several(found) else None
+
+
+def _is_chunked(options: dict[str, Any]) -> bool:
+    """Whether a mask is asked for chunked attention, where its function cannot be read."""
+    config, size = options.get("config"), options.get("local_size")
+    chunk = getattr(config, "attention_chunk_size", None)
+    return size is not None and size == chunk and getattr(config, "sliding_window", None) != size
+
+
+def _numbered(mask: Tensor, chunk: int, left: Tensor) -> Tensor:
+    """int32: the number of each real token's chunk, from 1 on, and 0 for padding."""
+    row = torch.arange(mask.shape[1], device=mask.device)[None] - left.to(mask.device).view(-1, 1)
+    number = torch.div(row, chunk, rounding_mode="floor").clamp(min=0) + 1
+    return (number * mask).to(torch.int32)
 
 
 def _tracing(attention_mask: Tensor | None) -> bool:
@@ -177,45 +237,71 @@ def _made_by(function: Callable[..., Any], maker: Callable[..., Any] | None) -> 
     return maker is not None and function.__code__ in maker.__code__.co_consts
 
 
-def _recognize(function: Callable[..., Any]) -> tuple[Pattern, Tensor | None] | None:
-    """(pattern, document numbers or None) of a mask function; None if it is any other."""
+class Known(NamedTuple):
+    """What a mask function says."""
+
+    pattern: Pattern
+    documents: Tensor | None = None
+    """Integers (B, Q): the number of each row's document."""
+    left: Tensor | None = None
+    """(B,): rows of padding before each sequence, from where chunks are counted."""
+
+
+def recognize(function: Callable[..., Any]) -> Known | None:
+    """What a mask function says; None if it is not one that anyattn knows."""
     from transformers import masking_utils as theirs
 
     if function is theirs.causal_mask_function:
-        return Pattern(causal=True), None
+        return Known(Pattern(causal=True))
     if function is theirs.bidirectional_mask_function:
-        return Pattern(causal=False), None
+        return Known(Pattern(causal=False))
     if not hasattr(function, "__code__"):
         return None
     captured = _captured(function)
     if _made_by(function, getattr(theirs, "remap_positions_for_packed_sequence", None)):
-        return _recognize(captured["mask_function"])  # positions within documents: what a packing counts
+        return recognize(captured["mask_function"])  # positions within documents: what a packing counts
     if not _made_by(function, theirs.and_masks):
         return None
     return _both(captured["mask_functions"])
 
 
-def _both(parts: tuple[Callable[..., Any], ...]) -> tuple[Pattern, Tensor | None] | None:
-    """The intersection of mask functions."""
+def _both(parts: tuple[Callable[..., Any], ...]) -> Known | None:
+    """The intersection of mask functions; None where two of them say the same thing in two ways."""
     from transformers import masking_utils as theirs
 
-    causal, window, documents = False, None, None
+    causal, window, chunk, documents, left = False, None, None, None, None
     for part in parts:
         if _made_by(part, theirs.sliding_window_overlay):  # as a causal window; alone it is none
             window = _captured(part)["sliding_window"] - 1
             if not any(other is theirs.causal_mask_function for other in parts):
                 return None
+        elif _made_by(part, theirs.chunked_overlay):
+            chunk, left = (_captured(part)[name] for name in ("chunk_size", "left_padding"))
         elif _made_by(part, theirs.sliding_window_bidirectional_overlay):
             window = _captured(part)["sliding_window"]
         elif _made_by(part, theirs.packed_sequence_mask_function):
             documents = _captured(part)["packed_sequence_mask"]
         else:
-            inner = _recognize(part)
-            if inner is None or (inner[1] is not None and documents is not None):
+            inner = recognize(part)
+            if inner is None or _twice(inner.documents, documents) or _twice(inner.pattern.window, window):
                 return None
-            if inner[0].window is not None and window is not None:
+            if _twice(inner.pattern.chunk, chunk):
                 return None
-            causal |= inner[0].causal
-            window = inner[0].window if window is None else window
-            documents = inner[1] if documents is None else documents
-    return Pattern(causal, window), documents
+            causal |= inner.pattern.causal
+            window = inner.pattern.window if window is None else window
+            if chunk is None:
+                chunk, left = inner.pattern.chunk, inner.left
+            documents = inner.documents if documents is None else documents
+    if chunk is not None and (not causal or window is not None):
+        return None
+    return Known(Pattern(causal, window, chunk), documents, left)
+
+
+def _twice(a: Any, b: Any) -> bool:
+    return a is not None and b is not None
+
+
+def _recognize(function: Callable[..., Any]) -> tuple[Pattern, Tensor | None] | None:
+    """(pattern, documents) of a mask function without chunks; None for any other."""
+    known = recognize(function)
+    return None if known is None or known.pattern.chunk is not None else (known.pattern, known.documents)

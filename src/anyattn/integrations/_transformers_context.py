@@ -1,0 +1,215 @@
+"""A transformers model whose batches are divided over ranks: :func:`context_parallel`.
+
+A hook before the model's forward makes the batch's plan and takes this rank's rows of every tensor; the plan travels to
+the attention layers as a keyword argument, so that gradient checkpointing finds it again in backward. A hook after it
+checks that every layer attended through the plan, and makes the loss that of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anyattn._context._parallel import ContextParallel
+from anyattn._context._plan import ContextPlan
+from anyattn._errors import ContextError, InvalidArgument
+from anyattn.integrations import _transformers_refusals as refusals
+from anyattn.integrations._accelerate import same_batches
+from anyattn.integrations._layout import Shape
+from anyattn.integrations._transformers_batches import digest, divide, packing_of, says_documents, sizes_of
+from anyattn.integrations._transformers_plan import Forward, running
+
+
+class Division:
+    """What :func:`context_parallel` yields: how the model's batches are divided now."""
+
+    def __init__(self, cp: ContextParallel, options: dict[str, Any], factor: int) -> None:
+        self.cp = cp
+        self._options, self._factor = options, factor
+        self._plan: ContextPlan | None = None
+        self._compared: set[bool] = set()
+        self._known_loss = False
+
+    @property
+    def plan(self) -> ContextPlan:
+        """The plan of the model's last batch: ``plan.unshard(logits, dim=1)`` is the whole batch's, (1, B * S, ...).
+
+        Raises:
+            ContextError: there was none yet.
+        """
+        if self._plan is None:
+            raise ContextError("no batch has been divided yet: call the model first")
+        return self._plan
+
+    # --- hooks ---
+
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        """Replace the whole batch by this rank's rows."""
+        batch = refusals.named(model, args, kwargs)
+        refusals.check_batch(batch)
+        tokens = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+        shape = Shape(tokens.shape[0], tokens.shape[1], tokens.shape[1])
+        plan = batch.pop("plan", None)
+        explicit = says_documents(batch) or (plan is not None and batch.get("attention_mask") is None)
+        if plan is None:
+            plan = self.cp.plan(packing_of(batch, shape), **self._options)
+        elif not isinstance(plan, ContextPlan):
+            raise ContextError(f"plan must be an anyattn.ContextPlan, got {type(plan).__name__}")
+        if plan._members is None or plan._members.groups is None:
+            plan = self.cp.bind(plan)
+        if plan._memory.entries or plan._memory.rows != shape.batch * shape.queries:
+            raise ContextError(
+                f"the plan is for {plan._memory.rows} rows, and the batch has {shape.batch} x {shape.queries} tokens: "
+                "make it from a Packing of the flattened batch"
+            )
+        if batch.get("labels") is not None and not self._known_loss:
+            refusals.check_loss(model)
+            self._known_loss = True
+        self._compare(plan, batch, model.training)
+        self._plan = plan
+        divided = divide(batch, plan, shape, explicit)
+        if "use_cache" in refusals.parameters(model):
+            divided["use_cache"] = False
+        running.append(Forward(plan))
+        return (), divided
+
+    def _after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Check what ran, and make the loss the whole batch's; also called, without output, where forward failed."""
+        forward = running.pop() if running else None
+        if forward is None or output is None:
+            return None
+        refusals.check_ran(model, forward.layers, output)
+        if kwargs.get("labels") is None:
+            return None
+        if isinstance(output, tuple):
+            return (self._whole(output[0]), *output[1:])
+        output["loss"] = self._whole(output["loss"])
+        return output
+
+    def _whole(self, part: Tensor) -> Tensor:
+        whole: Tensor = _Whole.apply(part, self.cp, self._factor)  # type: ignore[no-untyped-call]
+        return whole
+
+    def _compare(self, plan: ContextPlan, batch: Mapping[str, Any], training: bool) -> None:
+        """Whether all ranks were given the same tokens: at the first batch in training, and in evaluation."""
+        if training in self._compared:
+            return
+        given = {name: digest(batch.get(name)) for name in ("input_ids", "labels", "shift_labels")}
+        try:
+            plan._agree_on(None, given)
+        except ContextError as error:
+            raise ContextError(
+                f"{error}. All ranks of a context-parallel group must be given the same batch: with accelerate or a "
+                "Trainer, pass context_parallel(..., accelerator=)"
+            ) from None
+        self._compared.add(training)
+
+
+@contextmanager
+def context_parallel(
+    cp: ContextParallel,
+    model: torch.nn.Module,
+    *,
+    accelerator: Any = None,
+    gradients: Literal["mean", "sum"] = "mean",
+    **options: Any,
+) -> Iterator[Division]:
+    """Divide every batch of a causal language model over the ranks of a group.
+
+    Inside, the model is called as ever, with the whole batch, the same one on all ranks of the group: (batch, seq)
+    tokens, padded, packed (``packing=``, ``cu_seq_lens_q=``, positions that restart) or neither. Each rank computes its
+    rows; ``loss`` is the whole batch's on every rank, and ``logits`` are (1, rows, vocabulary), this rank's.
+
+    Args:
+        cp: the group.
+        model: a transformers model that was given ``attn_implementation="anyattn"``, alone or wrapped (DDP, FSDP2,
+            PEFT).
+        accelerator: an ``accelerate.Accelerator``, such as a Trainer's: data loaders that it prepares inside give the
+            ranks of a group the same batches. Its processes are (data, context) in this order: ranks of a group are
+            neighbours.
+        gradients: what becomes of the ranks' gradients. "mean": they are averaged over the group, as DDP and FSDP do,
+            alone or together with data-parallel ranks. "sum": they are summed, by you. Either way the result is
+            the gradient of the one loss. Backward multiplies each rank's part by the group's size for "mean".
+        **options: for :meth:`anyattn.ContextParallel.plan`: ``placement``, ``pad_to_multiple_of``, or sizes instead of
+            those in the model's config.
+
+    Raises:
+        Unsupported: a model that mixes tokens outside of attention, an encoder-decoder, a batch with a cache, with
+            images or a 4-D mask; the message names it.
+        ContextError: a batch or plan that does not fit, ranks that were given different batches.
+
+    Example::
+
+        >>> register()  # doctest: +SKIP
+        >>> with context_parallel(cp, model):  # doctest: +SKIP
+        ...     loss = model(input_ids=ids, labels=ids).loss
+        ...     loss.backward()
+    """
+    if gradients not in ("mean", "sum"):
+        raise InvalidArgument(f"gradients must be 'mean' or 'sum', got {gradients!r}")
+    inner = refusals.transformers_model(model)
+    refusals.check_model(inner)
+    division = Division(cp, {**sizes_of(inner.config), **options}, cp.size if gradients == "mean" else 1)
+    loaders: AbstractContextManager[None] = nullcontext() if accelerator is None else same_batches(accelerator, cp)
+    eager: Any = torch.compiler.disable  # the hooks look at values
+    before = inner.register_forward_pre_hook(eager(division._before), prepend=True, with_kwargs=True)
+    after = inner.register_forward_hook(eager(division._after), with_kwargs=True, always_call=True)
+    try:
+        with loaders:
+            yield division
+    finally:
+        before.remove()
+        after.remove()
+        running.clear()  # an interrupt leaves it
+
+
+class ContextParallelCollator:
+    """A data collator that also makes the batch's plan, in the data loader's worker.
+
+    Without it :func:`context_parallel` makes the plan when the batch arrives, and copies what describes the documents
+    from the device for it.
+
+    Args:
+        collator: makes the batch, such as ``transformers.DataCollatorWithFlattening()``.
+        cp: the group whose plans are made; only its sizes go to the workers.
+        config: the model's.
+        **options: as for :func:`context_parallel`.
+
+    Example::
+
+        >>> collator = ContextParallelCollator(DataCollatorWithFlattening(), cp, model.config)  # doctest: +SKIP
+    """
+
+    def __init__(self, collator: Callable[..., Any], cp: ContextParallel, config: Any, **options: Any) -> None:
+        shape = cp._members.shape
+        self.collator = collator
+        self._planner = ContextParallel((shape[0] if len(shape) == 1 else shape, cp.rank), comm=cp.comm)
+        self._options = {**sizes_of(config), **options}
+
+    def __call__(self, features: Any) -> dict[str, Any]:
+        """The whole batch, and under "plan" where this rank's tokens are."""
+        batch = dict(self.collator(features))
+        tokens = batch["input_ids"]
+        packing = packing_of(batch, Shape(tokens.shape[0], tokens.shape[1], tokens.shape[1]))
+        return {**batch, "plan": self._planner.plan(packing, **self._options)}
+
+
+class _Whole(torch.autograd.Function):
+    """The sum of all ranks' parts of a loss; backward hands ``factor`` times the gradient to this rank's part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, cp: ContextParallel, factor: int) -> Tensor:
+        ctx.factor = factor
+        whole = part.detach().clone()
+        for group in cp._members.groups or ():
+            dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.factor, None, None
