@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cp", type=int, help="ranks that share tokens; default: all")
-    parser.add_argument("--comm", default="auto", help="auto, p2p, all_gather or a2a")
+    parser.add_argument("--comm", default="auto", choices=("auto", "p2p", "all_gather", "a2a"))
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     options = parser.parse_args()
     ranks = start(options.cp)

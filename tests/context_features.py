@@ -78,6 +78,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "batch_alibi_sequences": {"lengths": 19, "batch": 2, "scores": "alibi_sequences"},
     "bias": {"lengths": 22, "batch": 2, "scores": "bias"},
     "bias_row": {"lengths": 22, "batch": 2, "scores": "bias_row", "terms": Terms()},
+    "bias_alibi_sequences": {"lengths": 22, "batch": 2, "scores": "alibi_sequences bias"},
     "bias_packed": {"scores": "bias"},
     "mask": {"lengths": 22, "batch": 2, "scores": "mask", "terms": Terms()},
     "mask_sink_zigzag": {"lengths": 23, "scores": "mask sink", "placement": "zigzag"},

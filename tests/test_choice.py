@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -550,3 +551,11 @@ def test_a_kernel_is_passed_where_others_are_much_faster(queries: int, keys: int
     found = anyattn.explain(q, k, k, on="sm90", assume=none)
     assert (found.chosen == "cudnn") is first
     assert "cudnn" in [k.backend for k in found.candidates]
+
+
+def test_a_backend_for_other_devices_says_why_where_it_was_asked_for() -> None:
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(anyattn.NoBackend) as raised:
+        anyattn.attention(q, q, q, backend="fa4")
+    assert re.search(r"fa4 +device: needs sm90, .* got cpu", str(raised.value))
+    assert re.search(r"fa4 +FlashAttention 4: ", str(raised.value))

@@ -16,6 +16,7 @@ import anyattn
 import context_pool
 import context_ranks
 from anyattn import ContextError, ContextParallel, Packing
+from anyattn._context import _agreement
 from context_cases import ContextCase
 from context_judge import judge
 from context_pool import Mesh, Outcome, Seat
@@ -129,6 +130,48 @@ def test_a_plan_made_from_another_is_compared_too(pool: context_pool.Pool) -> No
     assert all("mask" in m and "2" in m for m in messages)
 
 
+def unlike_uses(seat: Seat, warm: bool) -> None:
+    """One rank unshards where the others attend."""
+    plan = plan_of(seat, (9, 14), "all_gather")
+    if warm:
+        plan.unshard(torch.zeros(plan.rows, 2))
+        plan = plan.with_mask(causal=False)
+    if seat.rank == 0:
+        plan.unshard(torch.zeros(plan.rows, 2))
+    else:
+        attend(plan, 4)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
+def test_ranks_that_do_different_things_hear_of_it(pool: context_pool.Pool, warm: bool) -> None:
+    messages = context_pool.failures(pool.run(3, unlike_uses, warm), ContextError)
+    assert all("what is done" in m and "0 against 1, 2" in m for m in messages)
+
+
+def after_a_refill(seat: Seat) -> tuple[bool, bool]:
+    """Packings that were the plan's are no longer known once either was refilled."""
+    capacity = {"max_sequences": 3, "max_rows": 24, "max_seqlen": 20}
+    first, second = (Packing.from_lengths(x, **capacity) for x in ([9, 14], [4, 4, 12]))
+    cp = anyattn.ContextParallel(seat.group, comm="all_gather")
+    plan, other = (cp.plan(x, num_heads=4) for x in (first, second))
+    q = torch.zeros(plan.rows, 4, 8)
+
+    def taken() -> bool:
+        try:
+            anyattn.attention(q, q, q, plan=plan, packing=first, backend="reference")
+        except ContextError:
+            return False
+        return True
+
+    before = taken()
+    plan.copy_(other)
+    return before, taken()
+
+
+def test_packings_are_compared_anew_after_a_refill(pool: context_pool.Pool) -> None:
+    assert context_pool.values(pool.run(2, after_a_refill)) == [(True, False)] * 2
+
+
 # --- slow, failing and dying ranks ---------------------------------------------------------------------------------
 
 
@@ -218,6 +261,28 @@ def test_a_rank_that_is_missing_when_plans_are_compared(mortal: context_pool.Poo
         assert named, failure.message
         assert TIMEOUT <= float(named[1]) <= 1.5 * TIMEOUT
     assert seconds < 2 * TIMEOUT, seconds
+
+
+def after_a_failed_comparison(seat: Seat) -> str:
+    """Another plan, after a comparison has failed: by then some connections are closed."""
+    first, second = (plan_of(seat, lengths, "p2p") for lengths in ((9, 14), (5, 8)))
+    attend(first, 4)
+    members = first._connected()
+    assert members.groups is not None
+    sides = _agreement._sides[members.groups[0]]
+    kept, sides[members.ranks] = sides[members.ranks], _agreement.RanksMissing([1], members, 3.0)
+    try:
+        attend(second, 4)
+    except ContextError as error:
+        return str(error)
+    finally:
+        sides[members.ranks] = kept
+    return ""
+
+
+def test_a_comparison_after_a_failed_one_says_so(pool: context_pool.Pool) -> None:
+    messages = context_pool.values(pool.run(2, after_a_failed_comparison))
+    assert all("an earlier comparison failed: rank 1 (of the job: " in m for m in messages)
 
 
 def first_use_of_the_dead(seat: Seat, odd: tuple[int, ...]) -> None:

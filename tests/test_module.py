@@ -146,3 +146,11 @@ def test_defaults_and_names():
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
     assert shapes == {f"{name}_proj.weight": (24, 24) for name in "qkvo"}
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_shapes_that_packing_does_not_go_with_are_named() -> None:
+    layer = anyattn.Attention(16, num_heads=2)
+    packing = anyattn.Packing.from_lengths([3, 4])
+    for x, given in ((torch.randn(1, 7, 16), packing), (torch.randn(7, 16), None), (torch.randn(1, 1, 7, 16), None)):
+        with pytest.raises(anyattn.ShapeError, match=r"x must be \(batch, seq, dim\), .* or \(rows, dim\)"):
+            layer(x, packing=given)

@@ -107,6 +107,8 @@ def attention(
         alibi_slopes: (num_heads,) or (sequences, num_heads): adds -slope * |key position - query position|. Gets no
             gradient.
         bias: added to the scores, broadcastable to (batch, num_heads, seq_q, seq_k). Gets a gradient. Not with "thd".
+            Hide keys by ``mask``: where huge negative numbers leave a row no other score, kernels (torch's own too)
+            recompute its probabilities in backward from an lse that cannot hold them, and its gradient is wrong.
         mask: bool, True = attend, broadcastable to (batch, num_heads, seq_q, seq_k), or a torch BlockMask (over packed
             rows with "thd").
         dropout: probability in [0, 1) of dropping an attention weight, in training and evaluation alike.

@@ -90,16 +90,23 @@ class Explanation:
 
     def told(self) -> Iterator[tuple[str, Reason]]:
         """The reasons that are told one by one."""
+        together = self._together()
         for name, reasons in self.reasons():
-            if not {NOT_ASKED, OTHER_DEVICE} & {r.what for r in reasons}:
+            if not together & {r.what for r in reasons}:
                 yield from ((name, reason) for reason in reasons)
+
+    def _together(self) -> set[str]:
+        """What has a line for all kernels; other devices only beside something that is told of this one."""
+        whats = {frozenset(r.what for r in reasons) for _, reasons in self.reasons()}
+        alone = not self.candidates and all(what & {NOT_ASKED, OTHER_DEVICE} for what in whats)
+        return {NOT_ASKED} if alone else {NOT_ASKED, OTHER_DEVICE}
 
     def closing(self) -> list[str]:
         """A line for all kernels for other devices, and one for all backends that were not asked for."""
         lines = []
         for what, head in ((OTHER_DEVICE, "for other devices"), (NOT_ASKED, "not asked for")):
             found = {name: r for name, reasons in self.reasons() for r in reasons if r.what == what}
-            if found:
+            if found and what in self._together():
                 tail = f' (backend="{next(iter(found.values())).got}")' if what == NOT_ASKED else ""
                 lines.append(f"{head}: {', '.join(found)}{tail}")
         return lines

@@ -99,6 +99,14 @@ class Attention(nn.Module):
             position_ids: for ``rotary``; default: the plan's or packing's, within sequences, or 0 to seq - 1.
 
         """
+        alone = packing is None and plan is None
+        entries = packing is None or packing.cu_seqlens.shape[0] == x.shape[0] + 1
+        if x.ndim not in (2, 3) or (x.ndim == 2 and alone) or (x.ndim == 3 and not entries):
+            given = "neither" if alone else "a plan" if packing is None else str(packing)
+            raise ShapeError(
+                "x must be (batch, seq, dim), with a packing of as many sequences as batch entries if any, or "
+                f"(rows, dim) with a packing or a plan; got {tuple(x.shape)}, and {given}"
+            )
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.rotary is not None:
             q, k = self.rotary(q, k, _positions(x, packing, plan) if position_ids is None else position_ids)

@@ -418,6 +418,10 @@ class Packing:
         """int64 (total,): the memory row of each real token, in order."""
         if self._holes is not None:
             return self._holes
+        with torch.inference_mode(False):  # what is made in evaluation serves training too
+            return self._made_memory_rows()
+
+    def _made_memory_rows(self) -> Tensor:
         token = torch.arange(self.total, device=self.device, dtype=torch.int32)
         sequence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), token, right=True)
         return (token - self.cu_seqlens[sequence] + self.cu_seqlens_padded[sequence]).long()

@@ -6,6 +6,7 @@ otherwise wait in a collective for data that never comes, or read other data tha
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,18 +23,36 @@ from anyattn._context._plan_data import PlanData, number
 from anyattn._context._topology import Members
 from anyattn._errors import ContextError
 
+#: How many values besides the plan's are compared, at most.
+SLOTS = 16
+_DONE = "what is done: a call of attention(plan=...), or another use of the plan"
+#: Stands for what has not come.
+_NOTHING = -(1 << 63)
+
+#: By group and ranks: the group beside it, or why there is none any more.
 _sides: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+atexit.register(_sides.clear)  # gloo's threads end before the interpreter does
 #: By ranks, how many were made in this process: part of their names, for groups come and go.
 _made: Counter[tuple[int, ...]] = Counter()
 
 
 def side_group(members: Members) -> Any:
-    """A gloo group of all members; made at the first call, in which all of them take part."""
+    """A gloo group of all members; made at the first call, in which all of them take part.
+
+    Raises:
+        ContextError: a comparison over it has failed before.
+    """
     assert members.groups is not None
     found = _sides.setdefault(members.groups[0], {})
     if members.ranks not in found:
         found[members.ranks] = _new_group(members)
-    return found[members.ranks]
+    side = found[members.ranks]
+    if isinstance(side, RanksMissing):
+        raise ContextError(
+            f"plans can no longer be compared in this group, for an earlier comparison failed: {side}. Start the "
+            "processes anew, or make another group and another ContextParallel of it"
+        )
+    return side
 
 
 def _new_group(members: Members) -> Any:
@@ -86,7 +105,8 @@ def _gathered(group: Any, members: Members, numbers: Tensor) -> Tensor:
     """
     begin = time.monotonic()
     limit = _timeout(members).total_seconds()
-    everyone = numbers.repeat(members.world, 1)
+    everyone = torch.full((members.world, *numbers.shape), _NOTHING, dtype=numbers.dtype, device="cpu")
+    everyone[members.rank] = numbers
     others = [rank for rank in range(members.world) if rank != members.rank]
     works: list[tuple[int, Any]] = []
     missing: dict[int, RuntimeError] = {}
@@ -123,11 +143,17 @@ def check(data: PlanData, members: Members, call: Mapping[str, object], failure:
         return
     group = side_group(members)
     plan = data.fingerprint()
-    mine = plan | {name: 0 if failure else number(value) for name, value in call.items()}
+    assert len(call) <= SLOTS, sorted(call)
+    # One length, whatever is done: a message of another would end the process.
+    slots = [*call, *(f"nothing {i}" for i in range(SLOTS - len(call)))]
+    values = {name: 0 if failure or name not in call else number(call[name]) for name in slots}
+    mine = plan | {_DONE: number(tuple(call))} | values
     numbers = torch.tensor([*mine.values(), failure is not None], dtype=torch.int64, device="cpu")
     try:
         everyone = _gathered(group, members, numbers)
     except RanksMissing as error:
+        assert members.groups is not None
+        _sides[members.groups[0]][members.ranks] = error  # some connections are closed, and answers may be under way
         if failure is not None:  # the others, which made no such call, are not waited for
             raise failure from error
         raise

@@ -81,11 +81,26 @@ def _check_same(t: Tensors, asked: Asked, plan: ContextPlan) -> None:
         ("packing", t.packing, data.queries.lengths),
         ("packing_kv", t.packing_kv, data.keys.lengths),
     ):
-        if packing is None or packing in plan._packings:
+        if packing is None or is_known(packing, plan):
             continue
         if not isinstance(packing, Packing) or packing.host_lengths()[0] != lengths:
             raise ContextError(f"{name} has other lengths than the plan: leave it out, or make the plan from it")
-        plan._packings.add(packing)
+        plan._packings[packing] = _version(packing)
+
+
+def is_known(packing: Any, plan: ContextPlan) -> bool:
+    """Whether a packing was found equal to the plan's, and neither was refilled since."""
+    return (
+        isinstance(packing, Packing)
+        and (version := _version(packing)) is not None
+        and (plan._packings.get(packing) == version)
+    )
+
+
+def _version(packing: Packing) -> int | None:
+    """Counts how often its offsets were written to; None where nothing counts."""
+    table = packing._rows.table
+    return None if table.is_inference() else table._version
 
 
 def request_of(t: Tensors, asked: Asked, plan: ContextPlan) -> Request:

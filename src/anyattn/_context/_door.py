@@ -14,7 +14,7 @@ from anyattn import _environment, _preparation, _select
 from anyattn._context import _cost, _kernel, _schedule, _tables
 from anyattn._context._agreement import OthersFailed
 from anyattn._context._attention import ContextAttention, Run
-from anyattn._context._checks import Asked, checked, request_of
+from anyattn._context._checks import Asked, checked, is_known, request_of
 from anyattn._context._exchange import head_start_of
 from anyattn._context._heads import HeadExchange, HeadShares
 from anyattn._context._kernel import Options, Terms
@@ -57,7 +57,9 @@ def _at_once(plan: ContextPlan, t: Tensors, asked: Asked, kind: Any) -> tuple[Te
     if settled is None:
         sizes = checked(t, asked, plan)
         run = _run(plan, t._replace(bias=None, mask=None), asked, _entered(t, sizes.layout), sizes.batch)
-        settled = _Settled(sizes, run)
+        settled = _Settled(sizes, replace(run, terms=Terms()))
+        if len(plan._checked) >= KINDS:
+            plan._checked.clear()
         if kind is not None and t.bias is None and t.mask is None:
             plan._checked[kind] = settled
     sizes, run = settled
@@ -75,6 +77,10 @@ def _at_once(plan: ContextPlan, t: Tensors, asked: Asked, kind: Any) -> tuple[Te
     return _leave(out.unflatten(0, entries), sizes.layout), lse
 
 
+#: Of calls, that a plan remembers.
+KINDS = 1024
+
+
 class _Settled(NamedTuple):
     """What calls of one kind under a plan have in common."""
 
@@ -84,7 +90,7 @@ class _Settled(NamedTuple):
 
 def _same_packings(t: Tensors, plan: ContextPlan) -> bool:
     """Packings, where given, are known to be the plan's."""
-    return all(x is None or x in plan._packings for x in (t.packing, t.packing_kv))
+    return all(x is None or is_known(x, plan) for x in (t.packing, t.packing_kv))
 
 
 def _cast(t: Tensors) -> Iterator[Tensor]:
@@ -184,12 +190,19 @@ def _entry_by_entry(plan: ContextPlan, t: Tensors, asked: Asked, sizes: Sizes) -
     lses: list[Any] = []
     seed = _seed(asked, plan._data.rank)
     for i, (q, k, v) in enumerate(zip(*(x.unbind() for x in _entered(t, sizes.layout)), strict=True)):
-        one = t._replace(bias=_entry(t.bias, i), mask=_entry(t.mask, i))
+        one = _only(t, i)
         run = _run(plan, one, asked, (q[None], k[None], v[None]), 1, None if seed is None else seed + (i << 30))
         out, lse = ContextAttention.apply(run, q, k, v, t.sink, one.bias)  # type: ignore[no-untyped-call]
         outs.append(out)
         lses.append(lse)
     return _leave(torch.stack(outs), sizes.layout), None if lses[0] is None else torch.stack(lses)
+
+
+def _only(t: Tensors, i: int) -> Tensors:
+    """What belongs to one batch entry, of all but q, k and v."""
+    slopes = t.alibi_slopes
+    slopes = slopes[i : i + 1] if slopes is not None and slopes.ndim == 2 else slopes
+    return t._replace(alibi_slopes=slopes, bias=_entry(t.bias, i), mask=_entry(t.mask, i))
 
 
 def _entry(term: Any, i: int) -> Any:
@@ -219,8 +232,8 @@ def _requests(t: Tensors, asked: Asked, plan: ContextPlan) -> tuple[list[CallTab
     q, k, v = (_enter(x, sizes.layout) for x in (t.q, t.k, t.v))
     cast = autocast_dtype(t.q.device.type)
     dtype = cast if cast is not None and q.dtype == torch.float32 else q.dtype
-    one = t._replace(bias=_entry(t.bias, 0), mask=_entry(t.mask, 0))
-    dense = one.bias is not None or one.mask is not None
+    dense = t.bias is not None or t.mask is not None
+    one = _only(t, 0) if dense else t
     run = _run(plan, one, asked, (q, k, v), 1 if dense else sizes.batch)
     heads = (q.shape[2], k.shape[2]) if run.heads is None else (run.heads.share.heads, run.heads.share.slots)
     parts = [

@@ -63,7 +63,7 @@ class ContextPlan(Shards):
         self._data = data
         self._agreed: set[Any] = set()
         self._tables: dict[Any, Tables] = {}
-        self._packings: Any = weakref.WeakSet()  # found equal to the plan's
+        self._packings: Any = weakref.WeakKeyDictionary()  # found equal to the plan's, with their versions
         self._checked: dict[Any, Any] = {}  # sizes of calls whose arguments were found right
         self._keys = _Keys(self, data, members) if data.cross else None
 
@@ -171,6 +171,7 @@ class ContextPlan(Shards):
         """Become the plan of another batch of the same capacity, in place."""
         self._data = data
         self._agreed.clear()
+        self._packings.clear()
         self.__dict__.pop("_areas", None)
         self._replace(data.queries, data.memory_q)
         for (device, batch, alibi, dense), tables in self._tables.items():
