@@ -154,3 +154,15 @@ def test_shapes_that_packing_does_not_go_with_are_named() -> None:
     for x, given in ((torch.randn(1, 7, 16), packing), (torch.randn(7, 16), None), (torch.randn(1, 1, 7, 16), None)):
         with pytest.raises(anyattn.ShapeError, match=r"x must be \(batch, seq, dim\), .* or \(rows, dim\)"):
             layer(x, packing=given)
+
+
+def test_rotary_gets_the_positions_of_entries_padded_on_the_left() -> None:
+    packing = anyattn.Packing.from_mask(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]))
+    seen: list[torch.Tensor] = []
+
+    def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(positions)
+        return q, k
+
+    anyattn.Attention(16, num_heads=2, rotary=rotary)(torch.randn(2, 5, 16), packing=packing)
+    assert seen[0].tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]

@@ -301,3 +301,16 @@ def test_capacity_in_rows_is_not_exceeded_by_a_refill() -> None:
     fixed = Packing.from_lengths([1], max_sequences=2, max_rows=4, max_seqlen=4)
     with pytest.raises(PackingError, match="rows is 6, this packing was made for at most 4"):
         fixed.copy_(Packing.from_lengths([3, 3]))
+
+
+@pytest.mark.parametrize("lengths", [[2, 0, 3], [0], [], [0, 0, 5, 0], [1, 1, 1]])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_positions_start_anew_in_every_sequence(lengths, multiple):
+    packing = Packing.from_lengths(lengths, pad_to_multiple_of=multiple)
+    wanted = [p for n in lengths for p in [*range(n), *[0] * (-n % multiple)]]
+    assert packing.position_ids.tolist() == wanted
+    roomy = Packing.from_lengths(lengths, max_sequences=6, max_rows=16, max_seqlen=9)
+    found = roomy.position_ids.tolist()
+    assert len(found) == roomy.rows
+    assert found[: sum(lengths)] == [p for n in lengths for p in range(n)]
+    assert not any(found[sum(lengths) :])

@@ -118,9 +118,11 @@ class Attention(nn.Module):
 
 
 def _positions(x: Tensor, packing: Packing | None, plan: ContextPlan | None) -> Tensor:
-    """Positions within sequences, (rows,) or (seq,)."""
+    """Positions within sequences, (rows,), (seq,) or (batch, seq)."""
     if plan is not None:
         return plan.position_ids.to(x.device)
+    if packing is not None and packing._shape is not None and x.ndim == 3:  # from a mask, padded on either side
+        return packing.position_ids
     if packing is not None and x.ndim == 2:
         positions = packing.position_ids.flatten()
         return nn.functional.pad(positions, (0, x.shape[0] - positions.shape[0]))

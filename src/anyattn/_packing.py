@@ -408,9 +408,18 @@ class Packing:
             >>> Packing.from_lengths([2, 3], pad_to_multiple_of=4).position_ids.tolist()
             [0, 1, 0, 0, 0, 1, 2, 0]
         """
-        token = torch.arange(self.total, device=self.device)
-        sequence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), token, right=True)
-        return self.unpack(token - self.cu_seqlens[sequence])
+        if self._holes is not None:
+            token = torch.arange(self.total, device=self.device)
+            sequence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), token, right=True)
+            return self.unpack(token - self.cu_seqlens[sequence])
+        row = torch.arange(self.rows, device=self.device)  # by rows, not tokens: of those the device alone may know
+        if not self.lengths.shape[0]:
+            return row.zero_()
+        starts = self.cu_seqlens_padded[:-1].contiguous()
+        sequence = torch.searchsorted(starts, row, right=True).sub_(1).clamp_(min=0)
+        place = row - starts[sequence]
+        positions = place.masked_fill_((place < 0) | (place >= self.lengths[sequence]), 0)
+        return positions.view(self._shape) if self._shape is not None else positions
 
     # --- moving tokens ---
 
