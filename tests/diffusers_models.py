@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+import anyattn
+
 integration = importlib.import_module("anyattn.integrations.diffusers")
 
 BATCH, TEXT, IMAGE = 2, 8, 16
@@ -277,6 +279,100 @@ def repeated_job(seat, call, degrees, times):
     finally:
         _diffusers_parallel._look = look
     return len(looks)
+
+
+class Step(NamedTuple):
+    """A call of two ranks."""
+
+    uses: tuple[Any, Any]
+    """By rank, which of its masks; None for none."""
+    writes: Any = None
+    """What rank 0 writes to its mask before, alone."""
+    past_torch: bool = False
+    """Where torch does not see it: it forgets afterwards."""
+    inference: bool = False
+    """In inference_mode, without gradients."""
+
+
+def steps_job(seat, degrees, masks, steps):
+    """What a rank's parts of calls give, one after the other; masks are by rank, and live for all steps."""
+    from diffusers.models._modeling_parallel import ParallelConfig
+
+    config = parallel(seat, degrees)
+    config.setup(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), seat.group)
+    both, rank = ParallelConfig(context_parallel_config=config), config._flattened_mesh.get_local_rank()
+    mine, found = [x.clone() for x in masks[rank]], []
+    for step in steps:
+        if step.writes is not None and rank == 0:
+            written = mine[step.uses[0]]
+            (written.data if step.past_torch else written).copy_(step.writes)
+            if step.past_torch:
+                integration.forget()
+        mask = None if step.uses[rank] is None else mine[step.uses[rank]]
+        if step.inference:
+            with torch.inference_mode():
+                parts = [x.chunk(2, 1)[rank].clone() for x in Call().tensors()[:3]]
+                found.append([attend(*parts, mask, both)])
+        else:
+            found.append(Call(mask=mask).run("anyattn", rank, 2, both))
+    return [[x.clone() for x in parts] for parts in found]
+
+
+def refused_job(seat, *arguments):
+    """(kind, message) of what steps_job raises, where ranks may raise different things."""
+    try:
+        steps_job(seat, *arguments)
+    except anyattn.AnyattnError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def attend(q, k, v, mask, parallel_config):
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    return dispatch_attention_fn(q, k, v, attn_mask=mask, backend="anyattn", parallel_config=parallel_config)
+
+
+def odd_heads_job(seat, degrees):
+    """Three heads."""
+    from diffusers.models._modeling_parallel import ParallelConfig
+
+    config = parallel(seat, degrees)
+    config.setup(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), seat.group)
+    q = torch.randn(BATCH, 4, 3, 16)
+    attend(q, q, q, None, ParallelConfig(context_parallel_config=config))
+
+
+def page_job(_seat, source):
+    """What a script for GPUs prints of its output, here."""
+    device = 'torch.device("cuda", int(os.environ["LOCAL_RANK"]))'
+    assert source.count(device) == source.count("nccl") == 1
+    replaced = {
+        (dist, "init_process_group"): lambda *_, **__: None, (dist, "destroy_process_group"): lambda: None,
+        (torch.cuda, "set_device"): lambda _: None, (torch.accelerator, "device_count"): lambda: 1,
+    }  # fmt: skip
+    before = {(where, name): getattr(where, name) for where, name in replaced}
+    names = {}
+    try:
+        for (where, name), function in replaced.items():
+            setattr(where, name, function)
+        exec(source.replace(device, 'torch.device("cpu")'), names)
+    finally:
+        for (where, name), function in before.items():
+            setattr(where, name, function)
+    return names["out"].detach().clone()
+
+
+def dictionary_job(seat):
+    """A model under enable_parallelism, called with return_dict=True."""
+    model = build("flux")
+    enable(model, parallel(seat, (2, 1)))
+    model(**inputs_of("flux"))
+
+
+def without_accelerator_job(seat):
+    """enable_parallelism as it is."""
+    build("flux").enable_parallelism(config=parallel(seat, (2, 1)))
 
 
 def uneven_job(seat, degrees):

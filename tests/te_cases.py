@@ -42,6 +42,8 @@ class TeCase:
     scale: float | None = None
     by: str = "offsets"
     """How padding is given: offsets, mask, left (a mask of left padding), both."""
+    also_offsets: bool = False
+    """Offsets beside a mask, whatever ``by`` says."""
     tail: int = 0
     """Rows beyond all rooms, with "thd"."""
     max_logit: bool = False
@@ -278,7 +280,7 @@ def arguments(batch: Batch) -> dict[str, Any]:
     if "padding" not in case.mask:
         return found
     queries, keys = case.side(False), case.side(True)
-    if case.by in ("offsets", "both") or case.is_packed:
+    if case.by in ("offsets", "both") or case.is_packed or case.also_offsets:
         found["cu_seqlens_q"] = offsets(queries.lengths)
         found["cu_seqlens_kv"] = offsets(keys.lengths) if case.keys else found["cu_seqlens_q"]
         if case.is_packed and queries.rooms != queries.lengths:

@@ -119,10 +119,7 @@ def _counted() -> Iterator[list[Any]]:
 
 def _local(x: Tensor, case: TeCase, side: Side, mine: Tensor, dim: int) -> Tensor:
     whole = te_cases.pack(x, side, case.layout)
-    found = whole.index_select(dim, mine)
-    if case.tail and case.is_packed:
-        found = torch.cat([found, found.new_full((case.tail, *found.shape[1:]), 1e3)])
-    return found
+    return whole.index_select(dim, mine)
 
 
 def refused(seat: Seat, comm: str, wrong: str) -> None:
@@ -143,9 +140,11 @@ def refused(seat: Seat, comm: str, wrong: str) -> None:
         given["load_balancing_strategy"] = CPLoadBalancingStrategy.NO_LOAD_BALANCE
     elif wrong == "odd":
         q, k, v = (x[:, :3] for x in (q, k, v))
-    elif wrong in ("odd sequence", "short", "policies"):
+    elif wrong == "too few ranks":
+        given["cp_global_ranks"] = given["cp_global_ranks"][:1]
+    elif wrong in ("odd sequence", "short", "policies", "whole", "tail"):
         q, k, v = (x[0] for x in (q, k, v))
-        lengths = {"odd sequence": (6, 10), "short": (16, 16), "policies": (8, 8)}[wrong]
+        lengths = {"odd sequence": (6, 10), "short": (16, 16), "policies": (8, 8), "whole": (8,), "tail": (12,)}[wrong]
         arguments = {"qkv_format": "thd", "attn_mask_type": "padding_causal"}
         arguments["cu_seqlens_q"] = arguments["cu_seqlens_kv"] = te_cases.offsets(lengths)
         if wrong == "policies":

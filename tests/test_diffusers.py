@@ -281,6 +281,35 @@ def test_masks_made_in_inference_mode():
             mask[1, 3] = False
 
 
+def read_in_inference_mode(mask):
+    with torch.inference_mode():
+        dispatch.dispatch_attention_fn(*(x.detach().clone() for x in tensors()), attn_mask=mask, backend="anyattn")
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_training_after_validation_in_inference_mode(kind):
+    masks._facts.cache_clear()
+    masks.all_rows.cache_clear()
+    if MASKS[kind] is None:
+        return
+    mask = MASKS[kind].clone()
+    for causal in (False, True) if kind != "three_dims" else (False,):
+        read_in_inference_mode(mask)
+        assert_equals_native("anyattn", mask, is_causal=causal)
+        assert_equals_native("anyattn", mask.clone(), is_causal=causal)
+
+
+def test_what_torch_does_not_see_is_to_be_forgotten(reads):
+    mask = key_mask("right", BATCH, ROWS)
+    call("anyattn", mask)
+    mask.data.copy_(key_mask("holes", BATCH, ROWS))
+    call("anyattn", mask)
+    assert len(reads) == 1, "torch says when a mask is written to now: forget() is not needed"
+    anyattn.integrations.diffusers.forget()
+    assert_equals_native("anyattn", mask)
+    assert len(reads) == 2
+
+
 # --- other arguments ---
 
 
@@ -341,6 +370,13 @@ def test_determinism_is_asked_for(calls):
     assert [x["deterministic"] for x in calls] == [True, None], "by default as torch says"
 
 
+def test_none_is_no_dropout_and_no_window():
+    q, k, v = tensors()
+    more = {"dropout_p": None, "attention_kwargs": {"window_size": None}}
+    got = dispatch.dispatch_attention_fn(q, k, v, backend="anyattn", **more)
+    assert torch.equal(got, anyattn.attention(q, k, v))
+
+
 def test_dropout():
     q, k, v = tensors()
     torch.manual_seed(3)
@@ -360,8 +396,11 @@ def test_dropout():
         ({"attn_mask": [True]}, anyattn.ShapeError, "got list"),
         ({"is_causal": True, "attention_kwargs": {"window_size": (2, 0)}, "rows": 4}, anyattn.Unsupported, "4 queries"),
         ({"backend": "anyattn:fa3"}, anyattn.NoBackend, "fa3"),
+        ({"attention_kwargs": {"window_size": 3}}, anyattn.InvalidArgument, r"\(left, right\).*got 3"),
+        ({"attention_kwargs": {"window_size": (3,)}}, anyattn.InvalidArgument, r"\(left, right\)"),
+        ({"attention_kwargs": {"window_size": (3, None)}}, anyattn.InvalidArgument, "-1 means no limit"),
     ],
-    ids=["unknown", "integers", "shape", "dims", "list", "alignment", "named"],
+    ids=["unknown", "integers", "shape", "dims", "list", "alignment", "named", "window", "one_side", "no_number"],
 )
 def test_what_is_refused_is_named(arguments, error, text):
     q, k, v = tensors(rows=arguments.pop("rows", ROWS))
@@ -386,7 +425,7 @@ def test_registering_again_is_harmless():
     assert {"anyattn:fa3", "anyattn_fa3", "anyattn_fa3:fa3"} <= found, "each under a label of its own"
 
 
-@pytest.mark.parametrize("name", ["native", "Anyattn", "", 3])
+@pytest.mark.parametrize("name", ["native", "Anyattn", "", 3, "my backend!", "a/b", ":fa3", "anyattn\n"])
 def test_names_that_diffusers_could_not_find(name):
     native = dispatch._AttentionBackendRegistry._backends[dispatch.AttentionBackendName.NATIVE]
     with pytest.raises(anyattn.InvalidArgument):
@@ -531,7 +570,7 @@ def test_the_page_runs():
     for block in runs:
         exec(block, names)
     assert names["out"].shape == (2, 16, 4)
-    assert len(runs) == 2
+    assert len(runs) == 3
 
 
 def test_reset_leaves_the_backend_of_the_process():

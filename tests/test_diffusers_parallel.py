@@ -3,13 +3,16 @@
 diffusers itself asks for an accelerator in enable_parallelism, only to number its devices: jobs say that there is one.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 import anyattn
 import diffusers_models as models
 from context_pool import Mesh, Pool, failures, values
-from diffusers_models import BATCH, Call, assert_same, backend, build, difference, inputs_of, key_mask, result
+from diffusers_models import BATCH, Call, Step, assert_same, backend, build, difference, inputs_of, key_mask, result
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.skipif(
@@ -179,6 +182,87 @@ def test_masks_that_are_not_read(pool, name):
 
 def test_a_mask_is_looked_at_once(pool):
     assert values(pool.run(mesh_of("ring2"), models.repeated_job, CALLS["keys_right"], (2, 1), 3)) == [1] * 4
+
+
+# --- what a rank remembers of its mask, which another does not ---
+
+PADDED, HOLES, SHOWN = (key_mask(kind, BATCH, 8) for kind in ("right", "holes", "true"))
+STEPS = {
+    "one_edits": ([[PADDED], [HOLES]], [Step((0, 0)), Step((0, 0), writes=HOLES), Step((0, 0))]),
+    "one_hides_something": ([[SHOWN], [SHOWN]], [Step((0, 0)), Step((0, 0), writes=PADDED)]),
+    "one_alternates": ([[PADDED], [HOLES, SHOWN]], [Step((0, 0)), Step((0, 1)), Step((0, 0)), Step((0, 1))]),
+    "each_alternates": (
+        [[PADDED, SHOWN], [HOLES, SHOWN]],
+        [Step((0, 0)), Step((1, 1)), Step((0, 1)), Step((1, 0)), Step((0, 0))],
+    ),
+    "one_forgets": ([[PADDED], [HOLES]], [Step((0, 0)), Step((0, 0), writes=HOLES, past_torch=True)]),
+    "none_and_masks": ([[PADDED], [HOLES]], [Step((None, None)), Step((0, 0)), Step((None, None)), Step((0, 0))]),
+    "inference": ([[PADDED], [HOLES]], [Step((0, 0), inference=True), Step((0, 0))]),
+    "inference_with_a_bias": (
+        [[torch.randn(BATCH, 1, 1, 8)], [torch.randn(BATCH, 1, 1, 8)]],
+        [Step((0, 0), inference=True), Step((0, 0))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("ranks", ["ring2", "ulysses2"])
+def test_ranks_need_not_remember_alike(pool, ranks, name):
+    masks, steps = STEPS[name]
+    found = values(pool.run(mesh_of(ranks), models.steps_job, DEGREES[ranks], masks, steps))
+    now = [[x.clone() for x in own] for own in masks]
+    for i, step in enumerate(steps):
+        if step.writes is not None:
+            now[0][step.uses[0]] = step.writes
+        parts = [own[j] for own, j in zip(now, step.uses, strict=True) if j is not None]
+        want = Call(mask=torch.cat(parts, -1) if parts else None).run("native")
+        assert_whole([rank[i] for rank in found], ranks, want[:1] if step.inference else want)
+
+
+@pytest.mark.parametrize("first", [(0, 0), (None, 0)], ids=["after_masks", "at_once"])
+def test_a_mask_on_one_rank_alone(pool, first):
+    job = models.steps_job, (2, 1), [[PADDED], [HOLES]], [Step(first), Step((None, 0))]
+    for message in failures(pool.run(mesh_of("ring2"), *job), anyattn.ContextError):
+        assert "ranks 1 of the 2 that share a sequence have an attn_mask and the others none" in message
+
+
+def test_masks_of_different_form(pool):
+    job = models.steps_job, (2, 1), [[PADDED], [additive(HOLES)]], [Step((0, 0))]
+    for message in failures(pool.run(mesh_of("ring2"), *job), anyattn.ContextError):
+        assert "different shape, dtype" in message
+
+
+def test_a_mask_that_one_rank_cannot_take(pool):
+    job = models.refused_job, (2, 1), [[PADDED], [HOLES.long()]], [Step((0, 0))]
+    for rank, (kind, message) in enumerate(values(pool.run(mesh_of("ring2"), *job))):
+        assert kind == ("DtypeError" if rank % 2 else "ContextError")
+        assert ("attn_mask.bool()" if rank % 2 else "ranks 1 of the 2 that share a sequence cannot") in message
+
+
+def test_heads_that_ranks_do_not_divide(pool):
+    for message in failures(pool.run(mesh_of("ulysses2"), models.odd_heads_job, (1, 2)), anyattn.ContextError):
+        assert "3 query heads do not divide over ulysses_degree=2" in message
+        assert "ring_degree=2" in message
+
+
+# --- what the page says ---
+
+
+def test_the_page_runs_on_four_ranks(pool):
+    text = (Path(__file__).parents[1] / "docs" / "diffusers.md").read_text()
+    (script,) = (x for x in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) if "nccl" in x)
+    found = values(pool.run(mesh_of("both"), models.page_job, script))
+    assert found[0].shape == (2, 16, 4)
+    assert all(torch.equal(found[0], x) for x in found)
+
+
+def test_diffusers_own_limits(pool):
+    """Where one of these passes, the page is to be mended."""
+    for message in failures(pool.run(mesh_of("ring2"), models.dictionary_job), ValueError):
+        assert "Expected output to be a tensor" in message
+    if not torch.accelerator.is_available():
+        for message in failures(pool.run(mesh_of("ring2"), models.without_accelerator_job), ZeroDivisionError):
+            assert "modulo" in message or "zero" in message
 
 
 # --- what is refused, on all ranks alike ---

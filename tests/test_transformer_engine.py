@@ -30,6 +30,8 @@ CASES = [
         for m in PADDING
         for by in ("offsets", "mask", "left", "both")
     ),
+    *(TeCase(by="left", also_offsets=True, **{**PADDED, "mask": m}) for m in PADDING),
+    TeCase(by="left", also_offsets=True, layout="sbhd", **CROSS_PADDED),
     *(
         TeCase(by=by, **{**CROSS_PADDED, "mask": m})
         for m in PADDING

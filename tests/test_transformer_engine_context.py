@@ -35,7 +35,7 @@ FEATURES: dict[str, TeCase] = {
     "thd": TeCase(**PACKED),
     "gaps": TeCase(**GAPS, max_logit=True),
     "gaps_full": TeCase(**{**GAPS, "mask": "padding"}, softmax="learnable", heads=(4, 4)),
-    "gaps_window": TeCase(**GAPS, window=(3, 0), softcap=2.0, tail=3),
+    "gaps_window": TeCase(**GAPS, window=(3, 0), softcap=2.0),
     "window": TeCase(**DENSE, mask="no_mask", window=(2, 3), softmax="off-by-one"),
     "bottom_right": TeCase(**{**GAPS, "mask": BOTTOM_RIGHT}, dims=(12, 8)),
     "alibi": TeCase(**DENSE, bias="alibi", slopes="bh", max_logit=True),
@@ -63,11 +63,8 @@ def judge(case: TeCase, found: list[Found]) -> None:
 
     def compare(name: str, mine: Tensor, whole: Tensor, side: str, rows: Tensor) -> None:
         part = te_cases.pack(whole, sides[side], case.layout).index_select(dim, rows)
-        beyond = mine.narrow(dim, part.shape[dim], mine.shape[dim] - part.shape[dim])
-        kept = mine.narrow(dim, 0, part.shape[dim])
-        torch.testing.assert_close(kept, part, rtol=1e-6, atol=1e-6, msg=lambda m: f"{name}: {m}")
-        assert (kept.masked_fill(real[side].index_select(dim, rows), 0) == 0).all(), f"{name} in padding"
-        assert (beyond == 0).all(), f"{name} beyond all sequences"
+        torch.testing.assert_close(mine, part, rtol=1e-6, atol=1e-6, msg=lambda m: f"{name}: {m}")
+        assert (mine.masked_fill(real[side].index_select(dim, rows), 0) == 0).all(), f"{name} in padding"
 
     for each in found:
         compare("out", each.out, expected.out, "q", each.rows)
@@ -141,6 +138,9 @@ WRONG = [
     ("a2a", "odd", r"has 6 rows from row 0 on, padding included, which 2 \* 2 chunks do not divide"),
     ("all_gather", "odd sequence", "sequence 0 has 6 rows from row 0"),
     ("p2p", "short", "take 32 rows, and 2 ranks have 8 each"),
+    ("p2p", "whole", "tensors of 8 rows, and this rank's share of the 8 rows .* is 4 over 2 ranks"),
+    ("all_gather", "tail", "tensors of 8 rows, and this rank's share of the 12 rows .* is 6 over 2 ranks"),
+    ("a2a", "too few ranks", r"cp_global_ranks must list the 2 ranks of cp_group, \[0, 1\], or be None; got \[0\]"),
     ("p2p", "entries", "2 sequences, and the batch has 1 entries"),
     ("p2p", "long entry", "has 40 tokens, and an entry 16 rows over all ranks"),
     ("p2p", "policies", "thd_attention_policies under context parallelism"),
@@ -154,6 +154,13 @@ def test_mistakes_are_named_on_every_rank(pool: context_pool.Pool, comm: str, wr
         assert outcome.failure is not None
         assert outcome.failure.is_a(anyattn.AnyattnError), outcome.failure.text
         assert re.search(text, outcome.failure.message), outcome.failure.message
+
+
+@pytest.mark.parametrize("by", ["left", "both"])
+@pytest.mark.parametrize("layout", ["bshd", "sbhd"])
+def test_a_mask_beside_offsets_says_where_padding_is(pool: context_pool.Pool, layout: str, by: str) -> None:
+    case = TeCase(layout=layout, by=by, also_offsets=True, **PADDED)
+    judge(case, context_pool.values(pool.run(2, te_ranks.run, case, "all_gather")))
 
 
 def test_heads_that_ranks_do_not_divide(pool: context_pool.Pool) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import anyattn
 import te_cases
-from anyattn.integrations import _te_call, _te_rows, transformer_engine
+from anyattn.integrations import _te_rows, transformer_engine
 from anyattn.integrations._transformers_memory import memory
 from anyattn.integrations.transformer_engine import CPLoadBalancingStrategy, DotProductAttention
 from doubles.signatures import recorded
@@ -181,10 +181,25 @@ def test_a_sink_moves_with_the_module() -> None:
         assert (module.softmax_offset.device.type, module.softmax_offset.dtype) == ("meta", torch.bfloat16)
 
 
+@pytest.mark.parametrize("kind", ["off-by-one", "learnable"])
+def test_a_module_made_without_memory(kind: str) -> None:
+    expected, tensors = plain(softmax_type=kind)
+    with torch.device("meta"):
+        module, _ = plain(softmax_type=kind)
+    module.to_empty(device="cpu")
+    assert module.softmax_offset is not None
+    torch.nn.init.constant_(module.softmax_offset, 777.0)  # what was in memory
+    module.load_state_dict(expected.state_dict(), strict=True)
+    assert torch.equal(module(*tensors), expected(*tensors))
+    torch.nn.init.constant_(module.softmax_offset, 777.0)
+    module.reset_parameters()
+    assert module.softmax_offset.eq(0).all()
+
+
 def test_tensor_parallel_ranks_share_heads() -> None:
     module = DotProductAttention(8, 16, num_gqa_groups=4, tp_size=2, qkv_format="bshd", softmax_type="learnable")
     assert module(torch.randn(1, 3, 4, 16), *torch.randn(2, 1, 3, 2, 16)).shape == (1, 3, 64)
-    with pytest.raises(anyattn.ShapeError, match="key heads 4, value heads 4"):
+    with pytest.raises(anyattn.ShapeError, match=r"key heads 4, value heads 4.* by num_gqa_groups=4 "):
         module(torch.randn(1, 3, 4, 16), *torch.randn(2, 1, 3, 4, 16))
     with pytest.raises(anyattn.InvalidArgument, match="multiple of num_gqa_groups and of tp_size"):
         DotProductAttention(8, 16, tp_size=3)
@@ -356,6 +371,11 @@ def test_offsets_that_are_not_read(made: list[Any]) -> None:
     assert not made
     with pytest.raises(anyattn.InvalidArgument, match="max_seqlen_kv must be an int; got None"):
         module(*tensors, **given, max_seqlen_q=5)
+    with pytest.raises(anyattn.InvalidArgument, match="pad_between_seqs=False with cu_seqlens_q_padded"):
+        module(*tensors, **given, **longest, pad_between_seqs=False)
+    module.return_max_logit = True
+    with pytest.raises(anyattn.Unsupported, match="return_max_logit with offsets that are not read"):
+        module(*tensors, **given, **longest)
 
 
 def test_a_captured_call_reads_and_remembers_nothing(made: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,13 +384,108 @@ def test_a_captured_call_reads_and_remembers_nothing(made: list[Any], monkeypatc
     module, tensors, given = packed_call(offsets)
     expected = module(*tensors, **given)
     made.clear()
-    monkeypatch.setattr(_te_call, "_captured", lambda x: True)
+    monkeypatch.setattr(_te_rows, "captured", lambda x: True)
     known = len(memory[offsets][1])
     torch.testing.assert_close(module(*tensors, **given, max_seqlen_q=5, max_seqlen_kv=5), expected)
     assert not made
     assert len(memory[offsets][1]) == known
     with pytest.raises(anyattn.InvalidArgument, match="inside a CUDA graph"):
         module(*tensors, **given)
+
+
+def test_what_is_read_on_the_host_is_refused_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warm-up has read it already, and a replay would go on with what it had."""
+    offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
+    mask = torch.zeros(2, 1, 1, 6, dtype=torch.bool)
+    module, tensors = plain(attn_mask_type="padding")
+    given = [{"cu_seqlens_q": offsets, "cu_seqlens_kv": offsets}, {"attention_mask": mask}]
+    packed, rows, more = packed_call(offsets)
+    policy = {"sequence_ids": torch.tensor([0, 1]), "mask_type": "padding", "window_size": None}
+    for each in given:
+        module(*tensors, **each)
+    packed(*rows, **more, thd_attention_policies=[policy])
+    monkeypatch.setattr(_te_rows, "captured", lambda x: True)
+    for each in given:
+        with pytest.raises(anyattn.Unsupported, match="4-D batch with padding cannot be captured"):
+            module(*tensors, **each)
+    with pytest.raises(anyattn.Unsupported, match="thd_attention_policies cannot be captured"):
+        packed(*rows, **more, thd_attention_policies=[policy])
+    packed.return_max_logit = True
+    with pytest.raises(anyattn.Unsupported, match="return_max_logit with offsets that are not read"):
+        packed(*rows, **more, max_seqlen_q=5, max_seqlen_kv=5)
+
+
+def test_an_arbitrary_mask_is_looked_at_again_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = torch.rand(2, 1, 6, 6) > 0.5
+    known = _te_rows.visible(hidden, (6, 6))
+    assert _te_rows.visible(hidden, (6, 6)) is known
+    monkeypatch.setattr(_te_rows, "captured", lambda x: True)
+    found = _te_rows.visible(hidden, (6, 6))
+    assert found is not known
+    assert torch.equal(found, ~hidden)
+
+
+TRAINED: list[tuple[str, str, dict[str, Any]]] = [
+    ("bshd", "arbitrary", {"attention_mask": torch.eye(6, dtype=torch.bool)}),
+    ("bshd", "padding", {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [0] * 6]).bool()[:, None, None]}),
+    ("thd", "padding_causal", {"cu_seqlens_q": torch.tensor([0, 4, 12], dtype=torch.int32)}),
+]
+
+
+@pytest.mark.parametrize(("layout", "kind", "given"), TRAINED, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_inference_met_first_serves_training(layout: str, kind: str, given: dict[str, Any]) -> None:
+    module, tensors = plain(qkv_format=layout, attn_mask_type=kind)
+    tensors = [x.flatten(0, 1) if layout == "thd" else x for x in tensors]
+    given = {n: x.clone() for n, x in given.items()}
+    if layout == "thd":
+        given["cu_seqlens_kv"] = given["cu_seqlens_q"]
+    with torch.inference_mode():
+        expected = module(*tensors, **given)
+    leaves = [x.requires_grad_() for x in tensors]
+    out = module(*leaves, **given)
+    torch.testing.assert_close(out, expected.clone())
+    assert all(x.any() for x in torch.autograd.grad(out.square().sum(), leaves))
+
+
+def test_two_batches_that_look_at_one_another_are_forgotten() -> None:
+    module, _ = plain(attn_mask_type="padding", attention_type="cross")
+    text, image = torch.randn(2, 6, 2, 8), torch.randn(2, 9, 2, 8)
+    watched = []
+    for _ in range(5):
+        masks = torch.arange(6) >= torch.tensor([4, 6])[:, None], torch.arange(9) >= torch.tensor([9, 5])[:, None]
+        here, there = (mask[:, None, None] for mask in masks)
+        for _ in range(2):
+            module(text, image, image, attention_mask=(here, there))
+            module(image, text, text, attention_mask=(there, here))
+        watched += [weakref.ref(x) for x in (*masks, here, there)]
+    del masks, here, there
+    gc.collect()
+    assert sum(x() is not None for x in watched) == 0
+
+
+def test_new_views_of_the_same_offsets_are_the_same(made: list[Any]) -> None:
+    whole = torch.tensor([0, 4, 9, 12, 12, 12], dtype=torch.int32)
+    module, tensors, _ = packed_call(whole)
+    found = [module(*tensors, cu_seqlens_q=whole[:4], cu_seqlens_kv=whole[:4]) for _ in range(3)]
+    assert len(made) == 1
+    other = module(*tensors, cu_seqlens_q=whole[:3], cu_seqlens_kv=whole[:3])
+    assert len(made) == 2
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], other)
+    whole[1] = 2
+    module(*tensors, cu_seqlens_q=whole[:4], cu_seqlens_kv=whole[:4])
+    assert len(made) == 3
+
+
+def test_what_was_written_unseen_can_be_forgotten(made: list[Any]) -> None:
+    offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
+    module, tensors, given = packed_call(offsets)
+    first = module(*tensors, **given)
+    offsets.numpy()[1] = 2
+    assert torch.equal(module(*tensors, **given), first)
+    transformer_engine.forget()
+    assert not torch.equal(module(*tensors, **given), first)
+    assert len(made) == 2
 
 
 def test_inference_mode(made: list[Any]) -> None:
@@ -553,6 +668,17 @@ def test_mistakes_in_packed_batches() -> None:
         module(*tensors, cu_seqlens_q=offsets)
     with pytest.raises(anyattn.InvalidArgument, match="pad_between_seqs=False says that there is no padding"):
         module(*tensors, **given, pad_between_seqs=False)
+    equal = {"cu_seqlens_q_padded": offsets.clone(), "cu_seqlens_kv_padded": offsets.clone()}
+    expected = module(*tensors, **(given | equal))
+    assert torch.equal(module(*tensors, **(given | equal), pad_between_seqs=False), expected)
+    with pytest.raises(anyattn.InvalidArgument, match="pad_between_seqs=True needs cu_seqlens_q_padded"):
+        module(*tensors, cu_seqlens_q=offsets, cu_seqlens_kv=offsets, pad_between_seqs=True)
+    with pytest.raises(anyattn.DtypeError, match=r"cu_seqlens_kv must be an int32 tensor .* got list"):
+        module(*tensors, cu_seqlens_q=offsets, cu_seqlens_kv=[0, 4, 9])
+    with pytest.raises(anyattn.DtypeError, match=r"got torch.float32: use cu_seqlens_q_padded.int\(\)"):
+        module(*tensors, **(given | {"cu_seqlens_q_padded": padded.float()}))
+    with pytest.raises(anyattn.ShapeError, match=r"cu_seqlens_q must be \(sequences \+ 1,\), got shape \(1, 3\)"):
+        module(*tensors, **(given | {"cu_seqlens_q": offsets[None]}))
     with pytest.raises(anyattn.PackingError, match="must not decrease"):
         module(*tensors, cu_seqlens_q=padded.flip(0) - 12, cu_seqlens_kv=offsets)
     given |= {"core_attention_bias_type": "post_scale_bias", "core_attention_bias": torch.zeros(1, 2, 4, 4)}
@@ -576,10 +702,25 @@ def test_windows_that_are_put_right_are_said() -> None:
         causal, tensors = plain(window_size=(-1, -1))
     with pytest.warns(UserWarning, match="no window"):
         full, _ = plain(attn_mask_type="no_mask", window_size=(-1, 0))
-    with pytest.warns(UserWarning, match="window_size"):
-        torch.testing.assert_close(causal(*tensors), plain()[0](*tensors))
-    with pytest.warns(UserWarning, match="window_size"):
-        torch.testing.assert_close(full(*tensors), plain(attn_mask_type="no_mask")[0](*tensors))
+    assert (causal.window_size, full.window_size) == ((-1, 0), (-1, -1))
+    torch.testing.assert_close(causal(*tensors), plain()[0](*tensors))
+    torch.testing.assert_close(full(*tensors), plain(attn_mask_type="no_mask")[0](*tensors))
+    torch.testing.assert_close(causal(*tensors, attn_mask_type="no_mask"), full(*tensors))
+
+
+def test_windows_are_as_the_constructor_makes_them() -> None:
+    with pytest.warns(UserWarning, match=r"means \(2, 0\)"):
+        module, tensors = plain(window_size=(2, 3))
+    assert module.window_size == (2, 0)
+    expected = plain(attn_mask_type="no_mask", window_size=(2, 0))[0](*tensors)
+    torch.testing.assert_close(module(*tensors, attn_mask_type="no_mask"), expected)
+
+
+def test_windows_may_be_numpys_integers() -> None:
+    numpy = pytest.importorskip("numpy")
+    module, tensors = plain(window_size=(numpy.int64(2), 0))
+    assert module.window_size == (2, 0)
+    assert torch.equal(module(*tensors), plain(window_size=(2, 0))[0](*tensors))
 
 
 # --- ways to run ---

@@ -151,20 +151,57 @@ _READINGS = 64
 def remembered(whole: Tensor, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     """What ``make`` returns, kept while the tensor that the mask is a view of lives and is not written to.
 
-    All layers of a model are given one mask, or views of one, so only the first layer waits for the device. What is
-    kept must not hold the mask. Tensors made under inference_mode do not say when they are written to: nothing is kept
-    for them.
+    All layers of a model are given one mask, or views of one, so only the first layer waits for the device.
+    """
+    found = recalled(whole, key)
+    if found is None:
+        with torch.inference_mode(False):  # what is made in validation serves training too
+            found = make()
+        keep(whole, key, found)
+    return found
+
+
+def recalled(whole: Tensor, key: tuple[Any, ...]) -> Any:
+    """What was kept for a mask under a key; None if nothing was, or the mask was written to since."""
+    anchor = whole if whole._base is None else whole._base
+    if anchor.is_inference() or whole.is_inference():
+        return None
+    known = _memory.get(anchor)
+    return None if known is None or known[0] != anchor._version else known[1].get(_view(whole, key))
+
+
+def keep(whole: Tensor, key: tuple[Any, ...], found: Any) -> None:
+    """Keep something for :func:`recalled`, which must not hold the mask.
+
+    Tensors made under inference_mode do not say when they are written to: nothing is kept for them.
     """
     anchor = whole if whole._base is None else whole._base
     if anchor.is_inference() or whole.is_inference():
-        return make()
+        return
     known = _memory.get(anchor)
     if known is None or known[0] != anchor._version or len(known[1]) >= _READINGS:
         known = _memory[anchor] = (anchor._version, {})
-    view = (whole.storage_offset(), whole.shape, whole.stride(), whole.dtype, *key)
-    if view not in known[1]:
-        known[1][view] = make()
-    return known[1][view]
+    known[1][_view(whole, key)] = found
+
+
+def _view(whole: Tensor, key: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (whole.storage_offset(), whole.shape, whole.stride(), whole.dtype, *key)
+
+
+def forget() -> None:
+    """Read every mask anew at its next call, as if it had never been seen.
+
+    A mask is read again by itself when torch's operations write to it. What writes past them goes unseen: collectives
+    (``torch.distributed.broadcast`` into a mask that is used again), ``mask.data``, numpy arrays and other libraries
+    that share its memory. After such a write, and before the next call, this is needed. Over several ranks one rank may
+    call it alone.
+
+    Example::
+
+        >>> import anyattn
+        >>> anyattn.integrations.diffusers.forget()
+    """
+    _memory.clear()
 
 
 def _read(whole: Tensor, shape: Shape) -> Facts:
@@ -186,7 +223,11 @@ def _read(whole: Tensor, shape: Shape) -> Facts:
 @lru_cache(maxsize=64)
 def _facts(content: bytes, size: tuple[int, int], shape: Shape, device: torch.device) -> Facts:
     """Facts by what was read: a model that makes its mask anew in every layer has its packings made once."""
-    found = torch.frombuffer(bytearray(content), dtype=torch.bool)
+    with torch.inference_mode(False):
+        return _facts_found(torch.frombuffer(bytearray(content), dtype=torch.bool), size, shape, device)
+
+
+def _facts_found(found: Tensor, size: tuple[int, int], shape: Shape, device: torch.device) -> Facts:
     exact, product = found[:2].tolist()
     if not exact or not product:
         return Facts(exact)
@@ -208,7 +249,8 @@ def _facts(content: bytes, size: tuple[int, int], shape: Shape, device: torch.de
 @lru_cache(maxsize=64)
 def all_rows(batch: int, rows: int, device: torch.device) -> Packing:
     """The packing of entries without padding."""
-    return Packing.from_lengths([rows] * batch, device=device)
+    with torch.inference_mode(False):
+        return Packing.from_lengths([rows] * batch, device=device)
 
 
 def without_reading(real: Tensor, k: Tensor, v: Tensor) -> tuple[Packing, Tensor, Tensor]:

@@ -8,6 +8,7 @@ Legend: B batch, H heads; Q and K rows of this rank's queries and keys; R ranks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,12 +24,14 @@ from anyattn._api import attention
 from anyattn._context._data import Layout, Piece
 from anyattn._context._parallel import ContextParallel
 from anyattn._context._plan import ContextPlan
-from anyattn._errors import ShapeError, Unsupported
+from anyattn._errors import AnyattnError, ContextError, ShapeError, Unsupported
 from anyattn._packing import Packing
 from anyattn._request import is_block_mask
-from anyattn.integrations._diffusers_masks import Habits, Shape, as_four_dims, check_fits, remembered
+from anyattn.integrations._diffusers_agreement import Hearing
+from anyattn.integrations._diffusers_masks import Habits, Shape, as_four_dims, check_fits, keep, recalled
 
 _PLANS = 256
+_numbers = itertools.count()
 
 
 class Team:
@@ -40,6 +43,11 @@ class Team:
         self._both: DeviceMesh = config._mesh["ring", "ulysses"]
         self._members: dict[str, ContextParallel] = {}
         self._plans: dict[Any, ContextPlan] = {}
+        self.number = next(_numbers)
+        """Among all teams of this process."""
+        self.hearing = Hearing(self.mesh)
+        self.looks = 0
+        """At masks, by all ranks together."""
 
     @property
     def size(self) -> int:
@@ -61,6 +69,7 @@ class Team:
 
     def plan(self, comm: str, queries: int, keys: int, **options: Any) -> ContextPlan:
         """A plan for sequences of these lengths, over all ranks; made once."""
+        self._check_heads(comm, options["num_heads"])
         key = (comm, queries, keys, *options.items())
         if key not in self._plans:
             self._make_room()
@@ -83,6 +92,7 @@ class Team:
             k: the same.
             v: the same.
         """
+        self._check_heads(comm, q.shape[2])
         key = (comm, queries, counts, q.shape[1:], k.shape[2:], v.shape[2:])
         if key not in self._plans:
             self._make_room()
@@ -98,6 +108,13 @@ class Team:
             )  # fmt: skip
             self._plans[key] = ContextPlan(replace(plan._data, queries=held, keys=keys), plan._members)
         return self._plans[key]
+
+    def _check_heads(self, comm: str, heads: int) -> None:
+        if "a2a" in comm and heads % self.ulysses:
+            raise ContextError(
+                f"{heads} query heads do not divide over ulysses_degree={self.ulysses}: take an ulysses_degree that "
+                f"divides them and the rest as ring_degree, as ContextParallelConfig(ring_degree={self.size})"
+            )
 
     def _make_room(self) -> None:
         if len(self._plans) >= _PLANS:  # alike on all ranks, which make the same calls
@@ -169,6 +186,8 @@ class Hidden(NamedTuple):
     """The mask over all keys, where ranks hold theirs."""
     real: Real | None = None
     """Where the mask says no more than which keys are real."""
+    look: int = 0
+    """The number of the look by which all ranks found this."""
 
 
 @torch._dynamo.disable(  # type: ignore[untyped-decorator]
@@ -191,13 +210,8 @@ def parallel_attention(
     """
     q, k, v = qkv
     team = team_of(config)
-    if is_block_mask(mask):
-        raise Unsupported(
-            "a BlockMask does not go with context parallelism: pass a tensor over all keys, or do not enable "
-            "parallelism for this model"
-        )
     shape = Shape(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    term, real = (None, None) if mask is None else _term(team, mask, shape, habits)
+    term, real = _term(team, mask, shape, habits)
     if real is not None and not causal and window is None:
         return _by_real_keys(team, qkv, real, options)
     queries, keys = shape.queries * team.size, shape.keys * team.size
@@ -227,6 +241,60 @@ def _by_real_keys(team: Team, qkv: tuple[Tensor, Tensor, Tensor], real: Real, op
 
 def _term(team: Team, mask: Any, shape: Shape, habits: Habits) -> tuple[Tensor | None, Real | None]:
     """This rank's rows of a mask, by all keys, None if it hides nothing on any rank; and which keys are real."""
+    given, failure = None, None
+    try:
+        given = None if mask is None else _given(team, mask, shape)
+    except AnyattnError as error:  # the others must hear of it
+        failure = error
+    if given is None:
+        team.hearing.same(None, 0, failure)
+        return None, None
+    whole = given.whole
+    read = habits.read and not whole.requires_grad
+    key = ("ranks", shape, team.number)
+    hidden: Hidden | None = recalled(whole, key) if read else None
+    form = (tuple(whole.shape), str(whole.dtype), whole.requires_grad, *habits)
+    same = team.hearing.same(form, hidden.look if hidden else 0, None)
+    if read and (hidden is None or not same):
+        team.looks += 1
+        with torch.inference_mode(False):  # what is made in validation serves training too
+            hidden = _look(team, whole, shape, given.local)._replace(look=team.looks)
+        keep(whole, key, hidden)
+    if hidden is not None and not hidden.anything:
+        return None, None
+    gathered = hidden.gathered if hidden is not None else _gathered(team, whole) if given.local else None
+    real = None if hidden is None else hidden.real
+    if gathered is not None:
+        return gathered, real
+    if not habits.whole and (whole.shape[3] == shape.keys * team.size or (given.every_row and whole.shape[2] != 1)):
+        raise Unsupported(
+            f"attn_mask is over the {shape.keys * team.size} keys of all ranks, and nothing says in which order: where "
+            "text and image are divided apart and joined afterwards, it is not that of the undivided sequence. Pass "
+            f"every rank the part of its own {shape.keys} keys; or, where the mask takes the ranks' parts one after "
+            "the other (as for a sequence that is divided as one), register(..., whole_masks=True)"
+        )
+    if given.every_row and whole.shape[2] != 1:
+        whole = whole.narrow(2, team.rank * shape.queries, shape.queries)
+    return whole, real
+
+
+class Given(NamedTuple):
+    """A mask of a call, found to fit."""
+
+    whole: Tensor
+    """4-D."""
+    local: bool
+    """It is over this rank's keys."""
+    every_row: bool
+    """It is over the queries of all ranks."""
+
+
+def _given(team: Team, mask: Any, shape: Shape) -> Given:
+    if is_block_mask(mask):
+        raise Unsupported(
+            "a BlockMask does not go with context parallelism: pass a tensor over all keys, or do not enable "
+            "parallelism for this model"
+        )
     everyone = shape.keys * team.size
     whole = as_four_dims(mask, shape.batch, (shape.keys, everyone))
     local = whole.shape[3] == shape.keys != everyone
@@ -244,26 +312,7 @@ def _term(team: Team, mask: Any, shape: Shape, habits: Habits) -> tuple[Tensor |
             "an attn_mask of this rank's keys that needs a gradient would have to be gathered, and the gradient "
             f"scattered: pass it over all {everyone} keys, or detach it"
         )
-    real = gathered = None
-    if habits.read and not whole.requires_grad:
-        hidden: Hidden = remembered(whole, ("ranks", shape, team.size), lambda: _look(team, whole, shape, local))
-        if not hidden.anything:
-            return None, None
-        gathered, real = hidden.gathered, hidden.real
-    elif local:
-        gathered = _gathered(team, whole)
-    if gathered is not None:
-        return gathered, real
-    if not habits.whole and (whole.shape[3] == everyone or (every_row and rows != 1)):
-        raise Unsupported(
-            f"attn_mask is over the {everyone} keys of all ranks, and nothing says in which order: where text and "
-            "image are divided apart and joined afterwards, it is not that of the undivided sequence. Pass every rank "
-            f"the part of its own {shape.keys} keys; or, where the mask takes the ranks' parts one after the other (as "
-            "for a sequence that is divided as one), register(..., whole_masks=True)"
-        )
-    if every_row and rows != 1:
-        whole = whole.narrow(2, team.rank * shape.queries, shape.queries)
-    return whole, real
+    return Given(whole, local, every_row)
 
 
 def _look(team: Team, whole: Tensor, shape: Shape, local: bool) -> Hidden:

@@ -15,7 +15,7 @@ from torch import Tensor
 from anyattn._context._plan import ContextPlan
 from anyattn._errors import InvalidArgument, Unsupported
 from anyattn._packing import Packing
-from anyattn.integrations import _te_context
+from anyattn.integrations import _te_context, _te_rows
 from anyattn.integrations._te_context import CPLoadBalancingStrategy, Ranks, Room, Side
 from anyattn.integrations._te_entries import entries_of
 from anyattn.integrations._te_max_logit import Span, Terms, largest, parts_of
@@ -172,8 +172,13 @@ def _spread(call: Call, bias: Tensor, rows: Rows) -> Settled:
 def _rows(call: Call) -> Rows | None:
     if call.rows is not None or call.sides is None:
         return call.rows
-    if call.layout == "thd" and (not call.check or _captured(call.q)):
+    if unread(call):
         return rows_unread(*call.sides)
+    if _te_rows.captured(call.q):
+        raise Unsupported(
+            "a 4-D batch with padding cannot be captured in a CUDA graph, for its lengths are read on the host: use "
+            "qkv_format='thd' with max_seqlen_q and max_seqlen_kv, or a mask type without padding"
+        )
     if torch.compiler.is_compiling():
         from anyattn.integrations._te_breaking import rows_of as read
     else:
@@ -182,9 +187,9 @@ def _rows(call: Call) -> Rows | None:
     return found
 
 
-def _captured(x: Tensor) -> bool:
-    """In a CUDA graph, which reads offsets again at each replay: nothing of this batch may be remembered."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def unread(call: Call) -> bool:
+    """Whether a packed batch's offsets stay on the device."""
+    return call.ranks is None and call.layout == "thd" and (not call.check or _te_rows.captured(call.q))
 
 
 def _aligned(call: Call, rows: Rows | None) -> Call:
@@ -303,7 +308,7 @@ def _dense_plan(call: Call, ranks: Ranks) -> ContextPlan:
 def _packed_plan(call: Call, ranks: Ranks) -> ContextPlan:
     """Of sequences with padding or of several lengths; made at the first layer, from offsets read on the host."""
     assert call.sides is not None
-    if _captured(call.q):
+    if _te_rows.captured(call.q):
         raise Unsupported(
             "a batch with padding or of several lengths cannot be captured in a CUDA graph under context parallelism: "
             "its plan is made from lengths on the host"

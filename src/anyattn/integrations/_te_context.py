@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
+import torch
 import torch.distributed as dist
 
 from anyattn._context._agreement import side_group
@@ -22,7 +23,7 @@ from anyattn._context._data import Comm, Layout, Piece, Shape
 from anyattn._context._plan import ContextPlan, normal_mask
 from anyattn._context._plan_data import Memory, PlanData, check_features
 from anyattn._context._topology import COMMS, Members, members_of, topology
-from anyattn._errors import ContextError, PackingError
+from anyattn._errors import ContextError, PackingError, ShapeError
 from anyattn._packing import Packing
 
 
@@ -77,10 +78,16 @@ def ranks_of(group: Any, global_ranks: Any, comm: Any) -> Ranks | None:
         raise ContextError(f"unknown cp_comm_type {comm!r}; allowed: {', '.join(COMMS)}")
     if group is None:
         return None
+    listed = None if global_ranks is None else len(tuple(global_ranks))
     if not isinstance(group, (list, tuple)):
         if comm == "a2a+p2p":
             raise ContextError("cp_comm_type='a2a+p2p' takes cp_group=[a2a group, p2p group], got one group")
         members = members_of(group)
+        if listed not in (None, members.world):
+            raise ContextError(
+                f"cp_global_ranks must list the {members.world} ranks of cp_group, {list(members.ranks)}, or be None; "
+                f"got {list(global_ranks)}"
+            )
     elif comm != "a2a+p2p" or len(group) != 2:
         raise ContextError(
             f"cp_comm_type={comm!r} takes {'[a2a group, p2p group]' if comm == 'a2a+p2p' else 'one group'} as "
@@ -161,17 +168,25 @@ def layout(rooms: tuple[Room, ...], ranks: int, rows: int, strategy: CPLoadBalan
     Args:
         rooms: of the whole batch.
         ranks: R.
-        rows: of a rank's tensors; more than the rooms need are padding.
+        rows: of a rank's tensors.
         strategy: how they are divided.
 
     Raises:
         PackingError: rooms that the ranks do not divide, or more of them than rows.
+        ShapeError: more rows than the ranks' share, as where the whole batch was passed.
     """
     end = rooms[-1].start + rooms[-1].rows if rooms else 0
     if end > rows * ranks:
         raise PackingError(f"the sequences take {end} rows, and {ranks} ranks have {rows} each: pass this rank's rows")
     dual = strategy is CPLoadBalancingStrategy.DUAL_CHUNK_SWAP
     runs = (_dual_runs if dual else _equal_runs)(rooms, ranks)
+    if rows * ranks != end:
+        raise ShapeError(
+            f"tensors of {rows} rows, and this rank's share of the {end} rows of all sequences, padding included, is "
+            f"{end // ranks} over {ranks} ranks: pass this rank's rows alone. Rows of padding after the last sequence "
+            "are one more sequence in the offsets, of length 0, with its room in cu_seqlens_q_padded and "
+            "cu_seqlens_kv_padded"
+        )
     pieces = tuple(tuple(_pieces(own, rooms)) for own in runs)
     return Layout(tuple(room.tokens for room in rooms), pieces, rows)
 
@@ -304,7 +319,8 @@ def kept(key: tuple[Any, ...], make: Callable[[], ContextPlan]) -> ContextPlan:
     """A plan that depends on sizes alone, of the most recent ones."""
     found = _kept.get(key)
     if found is None:
-        found = _kept[key] = make()
+        with torch.inference_mode(False):  # the plan serves training too
+            found = _kept[key] = make()
         while len(_kept) > _KEPT:
             _kept.popitem(last=False)
     _kept.move_to_end(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 import warnings
 from collections.abc import Mapping
@@ -69,9 +70,7 @@ def window_of(kind: str, given: Any) -> Sides | None:
     """
     if given is None:
         return None
-    if not isinstance(given, (tuple, list)) or len(given) != 2 or not all(isinstance(n, int) for n in given):
-        raise InvalidArgument(f"window_size must be (left, right), two ints, -1 for unbounded; got {given!r}")
-    left, right = given
+    left, right = _two_ints(given)
     causal = "causal" in kind
     if causal and left >= -1 and (right == 0 or left >= 0 or right == -1):
         if right != 0:
@@ -86,6 +85,25 @@ def window_of(kind: str, given: Any) -> Sides | None:
         return left, right
     wanted = "(-1, 0) or (left >= 0, 0)" if causal else "(-1, -1) or (left >= 0, right >= 0)"
     raise InvalidArgument(f"window_size must be {wanted} under attn_mask_type={kind!r}, got {given!r}")
+
+
+def _two_ints(given: Any) -> tuple[int, int]:
+    """NumPy's integers count."""
+    if isinstance(given, (tuple, list)) and len(given) == 2 and all(hasattr(n, "__index__") for n in given):
+        return operator.index(given[0]), operator.index(given[1])
+    raise InvalidArgument(f"window_size must be (left, right), two ints, -1 for unbounded; got {given!r}")
+
+
+def stored_window(kind: str, given: Any) -> tuple[int, int]:
+    """A window as Transformer Engine's module keeps it: as its own mask type has it, -1 for unbounded.
+
+    Raises:
+        InvalidArgument: as :func:`window_of`.
+    """
+    found = window_of(kind, given)
+    if found is None:
+        return -1, 0 if "causal" in kind else -1
+    return found[0] if found[0] is not None else -1, found[1] if found[1] is not None else -1
 
 
 def masking(kind: str, window: Sides | None, bottom_right: bool | None) -> Masking:

@@ -50,6 +50,11 @@ def calls(call: Call, given: Any, aligned: bool | None, pad_between: bool | None
         raise Unsupported("thd_attention_policies under context parallelism: call once for each kind of sequence")
     if not call.check:
         raise Unsupported("thd_attention_policies with check_offsets=False: sequence numbers are read on the host")
+    if _te_rows.captured(call.q):
+        raise Unsupported(
+            "thd_attention_policies cannot be captured in a CUDA graph, for sequence numbers are read on the host: "
+            "call once for each kind of sequence"
+        )
     policies = _policies(given, aligned)
     assert call.sides is not None
     _te_rows.check(*call.sides, True, pad_between)

@@ -30,6 +30,8 @@ class Given(NamedTuple):
     """max_seqlen; an int, or a tensor of one."""
     mask: Tensor | None
     """(N, 1, 1, seq), True in padding."""
+    gapless: bool = False
+    """The caller says that nothing lies between sequences: padded offsets must say the same."""
 
     @property
     def anchor(self) -> Tensor | None:
@@ -40,7 +42,7 @@ class Given(NamedTuple):
         """All that the result depends on; without the anchor itself, which must not be held."""
         tensors = ("anchor" if x is anchor else None if x is None else Same(x) for x in self._tensors)
         longest = Same(self.longest) if isinstance(self.longest, Tensor) else self.longest
-        return (*tensors, longest)
+        return (*tensors, longest, self.gapless)
 
     @property
     def _tensors(self) -> tuple[Tensor | None, ...]:
@@ -61,6 +63,7 @@ def sides(
     longest: tuple[Any, Any],
     mask: PaddingMask,
     cross: bool,
+    gapless: bool = False,
 ) -> tuple[Given, Given]:
     """Queries and keys as the arguments of a call give them.
 
@@ -80,8 +83,8 @@ def sides(
     else:
         masks = mask, mask
     return (
-        Given("q", offsets[0], padded[0], longest[0], masks[0]),
-        Given("kv", offsets[1], padded[1], longest[1], masks[1]),
+        Given("q", offsets[0], padded[0], longest[0], masks[0], gapless),
+        Given("kv", offsets[1], padded[1], longest[1], masks[1], gapless),
     )
 
 
@@ -89,9 +92,10 @@ def check(queries: Given, keys: Given, packed: bool, pad_between: bool | None) -
     """What can be said without looking at values.
 
     Raises:
-        InvalidArgument: offsets and masks that are missing, too many, or of a wrong shape.
+        InvalidArgument: offsets and masks that are missing, too many, or of a wrong type or shape.
     """
     for side in (queries, keys):
+        _check_types(side)
         if packed and side.offsets is None:
             raise InvalidArgument("qkv_format='thd' needs cu_seqlens_q and cu_seqlens_kv")
         if side.offsets is None and side.mask is None:
@@ -109,10 +113,32 @@ def check(queries: Given, keys: Given, packed: bool, pad_between: bool | None) -
             raise DtypeError(f"attention_mask must be bool, True in padding; got {side.mask.dtype}")
     if pad_between and not packed:
         raise InvalidArgument("pad_between_seqs=True goes with qkv_format='thd': use cu_seqlens_q or attention_mask")
-    if pad_between is False and any(s.padded is not None and s.padded is not s.offsets for s in (queries, keys)):
+    if pad_between and queries.padded is None and keys.padded is None:
         raise InvalidArgument(
-            "pad_between_seqs=False says that there is no padding, and cu_seqlens_*_padded where it is: leave out one"
+            "pad_between_seqs=True needs cu_seqlens_q_padded and cu_seqlens_kv_padded, which say where each begins: "
+            "give them, or leave pad_between_seqs out"
         )
+
+
+def _check_types(side: Given) -> None:
+    """Offsets are tensors of integers in one dim, and a mask is a tensor."""
+    offsets = {f"cu_seqlens_{side.name}": side.offsets, f"cu_seqlens_{side.name}_padded": side.padded}
+    for name, x in offsets.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise DtypeError(f"{name} must be an int32 tensor (sequences + 1,), got {type(x).__name__}")
+        if x.dtype not in (torch.int32, torch.int64):
+            raise DtypeError(f"{name} must be an int32 tensor (sequences + 1,), got {x.dtype}: use {name}.int()")
+        if x.ndim != 1 or not x.shape[0]:
+            raise ShapeError(f"{name} must be (sequences + 1,), got shape {tuple(x.shape)}")
+    if side.mask is not None and not isinstance(side.mask, Tensor):
+        raise DtypeError(f"attention_mask must be a bool tensor, or two in a tuple; got {type(side.mask).__name__}")
+
+
+def captured(x: Tensor) -> bool:
+    """In a CUDA graph, which reads offsets and masks again at each replay: nothing of this batch may be remembered."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def rows_of(queries: Given, keys: Given, packed: bool, device: torch.device, layer: int | None) -> Rows:
@@ -148,6 +174,11 @@ def rows_unread(queries: Given, keys: Given) -> Rows:
                 f"without reading the offsets (check_offsets=False, or inside a CUDA graph), max_seqlen_{side.name} "
                 f"must be an int; got {side.longest!r}"
             )
+        if side.gapless and side.padded is not None and side.padded is not side.offsets:
+            raise InvalidArgument(
+                f"pad_between_seqs=False with cu_seqlens_{side.name}_padded, which are not read here "
+                "(check_offsets=False, or inside a CUDA graph): leave out one"
+            )
 
     def make(side: Given) -> Packing:
         assert side.offsets is not None
@@ -178,15 +209,21 @@ def _packing(side: Given, packed: bool, device: torch.device) -> Packing:
         assert by_mask is not None
         return moved(by_mask, device)
     # Copies: what is remembered for as long as the caller's tensors live must not keep them alive.
-    offsets = _whole(f"cu_seqlens_{side.name}", side.offsets)
-    padded = None if side.padded is None else _whole(f"cu_seqlens_{side.name}_padded", side.padded)
+    offsets = side.offsets.to(torch.int32, copy=True)
+    padded = None if side.padded is None else side.padded.to(torch.int32, copy=True)
     made = Packing(offsets, padded, max_seqlen=longest)
+    if side.gapless and made._facts.gaps:
+        raise InvalidArgument(
+            f"pad_between_seqs=False says that there is no padding, and cu_seqlens_{side.name}_padded where it is: "
+            "leave out one"
+        )
     if by_mask is not None and by_mask.host_lengths()[0] != made.host_lengths()[0]:
         raise PackingError(
             f"cu_seqlens_{side.name} say lengths {list(made.host_lengths()[0])}, and attention_mask "
             f"{list(by_mask.host_lengths()[0])}: give one of the two"
         )
-    return moved(made, device)
+    # Lengths do not say at which end of an entry the padding is, and a mask does.
+    return moved(made if by_mask is None else by_mask, device)
 
 
 def moved(packing: Packing, device: torch.device) -> Packing:
@@ -194,12 +231,6 @@ def moved(packing: Packing, device: torch.device) -> Packing:
     if device.type == "cuda" and packing.device.type == "cpu":
         return packing.pin_memory().to(device, non_blocking=True)
     return packing.to(device)
-
-
-def _whole(name: str, offsets: Tensor) -> Tensor:
-    if not isinstance(offsets, Tensor) or offsets.is_floating_point():
-        raise DtypeError(f"{name} must be an int32 tensor (sequences + 1,)")
-    return offsets.to(torch.int32, copy=True)
 
 
 # --- masks that are given whole ---
@@ -223,7 +254,7 @@ def visible(mask: Any, expected: tuple[int, int]) -> Tensor:
             f"attention_mask must broadcast to (batch, num_heads, rows of q, rows of k), which end in {expected}; got "
             f"{tuple(mask.shape)}"
         )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or captured(mask):
         return mask.logical_not()
     found: Tensor = once(mask, ("visible",), None, mask.logical_not)
     return found

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from anyattn._errors import PackingError
 from anyattn.integrations._layout import Shape, documents_of, several
 
 memory: Any = WeakIdKeyDictionary()
-"""Anchor -> (its version, {key: _Entry})."""
+"""Anchor, or the tensor that it is a view of -> (its version, {key: _Entry})."""
 _CASES = 16
 
 
@@ -23,41 +24,80 @@ class _Entry(NamedTuple):
 
 
 class Same:
-    """A tensor as part of a key: equal to itself, unless it was written to meanwhile."""
+    """A tensor as part of a key: equal to itself, or to a view of the same memory, unless it was written to meanwhile.
+
+    It does not keep the tensor alive, so that two tensors may be remembered with one another.
+    """
 
     def __init__(self, x: Tensor) -> None:
-        self.x, self.version = x, _version(x)
+        owner, self.place = _owner(x)
+        self.ref: Any = WeakIdRef(owner)
+        self.number, self.version, self.silent = id(owner), _version(x), x.is_inference()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.x is other.x and self.version == other.version
+        if not isinstance(other, Same) or (self.place, self.version) != (other.place, other.version):
+            return False
+        mine = self.ref()
+        return mine is not None and mine is other.ref()
 
     def __hash__(self) -> int:
-        return id(self.x)
+        return self.number
 
 
 def once(anchor: Any, key: tuple[Any, ...], layer: int | None, make: Callable[[], Any]) -> Any:
     """What ``make`` returns, remembered for as long as ``anchor`` lives and is not written to.
 
     Args:
-        anchor: the tensor (or other object) that all layers of a forward pass.
-        key: what else the result depends on. Neither it nor the result may hold the anchor.
+        anchor: the tensor (or other object) that all layers of a forward pass. New views of one tensor are one
+            anchor, if they are alike.
+        key: what else the result depends on. Neither it nor the result may hold the anchor, nor a tensor of the
+            caller's: tensors are in a key as :class:`Same`.
         layer: the number of the layer that asks, or None.
-        make: works it out, and copies to the host.
+        make: works it out, and copies to the host. It runs outside of inference_mode, for training may ask later.
 
     Tensors made under inference_mode do not say when they are written to. For them a result holds for one forward:
-    until a layer asks that does not come after the last one that asked.
+    until a layer asks that does not come after the last one that asked. Nobody says it of what other libraries write
+    (collectives, ``.data``, NumPy) either: :func:`forget` is for that.
     """
     number = -1 if layer is None else layer
-    tensors = [x for x in (anchor, *(k.x for k in key if isinstance(k, Same))) if isinstance(x, Tensor)]
-    silent = any(x.is_inference() for x in tensors)
-    version = _version(anchor) if isinstance(anchor, Tensor) else 0
-    known = memory.get(anchor)
+    silent = any(k.silent for k in key if isinstance(k, Same))
+    version, owner, place = 0, anchor, None
+    if isinstance(anchor, Tensor):
+        silent = silent or anchor.is_inference()
+        version = _version(anchor)
+        owner, place = _owner(anchor)
+    known = memory.get(owner)
     if known is None or known[0] != version or len(known[1]) >= _CASES:
-        known = memory[anchor] = (version, {})
-    entry = known[1].get(key)
-    value = make() if entry is None or (silent and number <= entry.layer) else entry.value
-    known[1][key] = _Entry(value, number)
+        known = memory[owner] = (version, {})
+    entry = known[1].get((place, key))
+    stale = entry is None or (silent and number <= entry.layer)
+    value = _outside_of_inference(make) if stale else entry.value
+    known[1][place, key] = _Entry(value, number)
     return value
+
+
+def forget() -> None:
+    """Forget every batch that was looked at: the next layer reads offsets, masks and positions again.
+
+    For tensors that are written to without their version being counted: receive buffers of collectives, ``.data``,
+    and memory shared with NumPy.
+    """
+    memory.clear()
+
+
+def _outside_of_inference(make: Callable[[], Any]) -> Any:
+    """What ``make`` returns, of tensors that may be saved for backward."""
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        return make()
+
+
+def _owner(x: Tensor) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """The tensor that a view is of, and where the view lies in it; another tensor is its own."""
+    base = x._base
+    if base is None:
+        return x, None
+    return base, (x.dtype, tuple(x.shape), x.stride(), x.storage_offset())
 
 
 def _version(x: Tensor) -> int:

@@ -18,6 +18,7 @@ that a model asks of its attention is dropped: what cannot be done is an error t
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +37,14 @@ from anyattn.integrations._diffusers_masks import (
     all_rows,
     as_four_dims,
     check_fits,
+    forget,
     settle,
     without_reading,
 )
 
-__all__ = ["register"]
+__all__ = ["forget", "register"]
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_:.-]*")
 
 
 def register(name: str = "anyattn", *, read_masks: bool = True, whole_masks: bool = False) -> None:
@@ -72,8 +76,11 @@ def register(name: str = "anyattn", *, read_masks: bool = True, whole_masks: boo
         >>> model.set_attention_backend("anyattn")  # doctest: +SKIP
         >>> model.set_attention_backend("anyattn:fa3")  # doctest: +SKIP
     """
-    if not isinstance(name, str) or not name or name != name.lower():
-        raise InvalidArgument(f"name must be in lower case, as diffusers looks it up; got {name!r}")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidArgument(
+            "name must be in lower case, as diffusers looks it up, and of letters, digits, '_', '-', '.' and ':', as "
+            f'"anyattn" and "anyattn:fa3" are; got {name!r}'
+        )
     dispatch = _dispatch_module()
     names, registry = dispatch.AttentionBackendName, dispatch._AttentionBackendRegistry
     habits, known = Habits(read_masks, whole_masks), names._value2member_map_
@@ -142,11 +149,11 @@ def _function(backend: str, habits: Habits) -> Callable[..., Any]:
         key: Tensor,
         value: Tensor,
         attn_mask: Any = None,
-        dropout_p: float = 0.0,
+        dropout_p: float | None = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
+        window_size: tuple[int, int] | None = (-1, -1),
         softcap: float = 0.0,
         deterministic: bool = False,
         return_lse: bool = False,
@@ -161,7 +168,7 @@ def _function(backend: str, habits: Habits) -> Callable[..., Any]:
                 )
         causal, window = position_of(query, key, is_causal, window_size)
         options = {
-            "scale": scale, "dropout": float(dropout_p), "softcap": softcap or None, "backend": backend,
+            "scale": scale, "dropout": float(dropout_p or 0.0), "softcap": softcap or None, "backend": backend,
             "deterministic": deterministic or None, "return_lse": return_lse,
         }  # fmt: skip
         config = getattr(_parallel_config, "context_parallel_config", None)
@@ -182,7 +189,7 @@ def position_of(
     Of fewer queries than keys, or more, native counts causal positions from the first ones, and FlashAttention, which
     alone has windows there, from the last ones.
     """
-    left, right = window_size
+    left, right = _window_of(window_size)
     window = None if left < 0 and right < 0 else (left if left >= 0 else None, right if right >= 0 else None)
     equal = query.shape[1] == key.shape[1]
     if is_causal and window is not None and not equal:
@@ -191,6 +198,19 @@ def position_of(
             "diffusers' backends count positions from either end there; pass an attn_mask instead"
         )
     return (False if not is_causal else True if equal else "top_left"), window
+
+
+def _window_of(window_size: Any) -> tuple[int, int]:
+    """(left, right) as diffusers has it, where None is no window."""
+    if window_size is None:
+        return -1, -1
+    whole = isinstance(window_size, tuple | list) and all(type(x) is int for x in window_size)
+    if not whole or len(window_size) != 2:
+        raise InvalidArgument(
+            "window_size must be (left, right), two ints of which -1 means no limit, or None; got "
+            f"{window_size!r}: for as many keys on both sides pass (n, n)"
+        )
+    return window_size[0], window_size[1]
 
 
 def _attention(

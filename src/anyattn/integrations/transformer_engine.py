@@ -22,14 +22,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from anyattn._api import attention
-from anyattn._errors import InvalidArgument, ShapeError
+from anyattn._errors import InvalidArgument, ShapeError, Unsupported
 from anyattn.integrations import _te_options as options
 from anyattn.integrations import _te_policies, _te_rows
-from anyattn.integrations._te_call import Call, Settled, masked, settle
+from anyattn.integrations._te_call import Call, Settled, masked, settle, unread
 from anyattn.integrations._te_context import CPLoadBalancingStrategy, Ranks, ranks_of, strategy_of
 from anyattn.integrations._te_dropout import Forks
+from anyattn.integrations._transformers_memory import forget
 
-__all__ = ["CPLoadBalancingStrategy", "DotProductAttention"]
+__all__ = ["CPLoadBalancingStrategy", "DotProductAttention", "forget"]
 
 
 class DotProductAttention(torch.nn.Module):
@@ -111,8 +112,9 @@ class DotProductAttention(torch.nn.Module):
         self.name = name
         self.qkv_format = options.choice("qkv_format", qkv_format, options.FORMATS)
         self.attn_mask_type = options.mask_type(attn_mask_type)
-        options.window_of(self.attn_mask_type, window_size)
-        self.window_size, self.bottom_right_diagonal = window_size, bottom_right_diagonal
+        #: As the constructor's mask type has it, -1 for unbounded.
+        self.window_size: tuple[int, int] | None = options.stored_window(self.attn_mask_type, window_size)
+        self.bottom_right_diagonal = bottom_right_diagonal
         options.soft_cap(softcap)
         self.softcap = softcap
         self.tp_size = tp_size
@@ -161,6 +163,21 @@ class DotProductAttention(torch.nn.Module):
             self.softmax_offset = torch.nn.Parameter(zeros)
         else:
             self.register_buffer("softmax_offset", zeros, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Make sinks zero, as new modules have them; after ``to_empty``, for one."""
+        if self.softmax_offset is not None:
+            torch.nn.init.zeros_(self.softmax_offset)
+
+    def _sink(self) -> Tensor | None:
+        """One for each head; that of "off-by-one" is zero whatever the buffer holds, which no checkpoint fills."""
+        found = self.softmax_offset
+        return torch.zeros_like(found) if found is not None and self.softmax_type == "off-by-one" else found
+
+    def _own_window(self) -> tuple[int, int] | None:
+        """The module's window; None where it is unbounded under every mask type."""
+        own = self.window_size
+        return None if own in ((-1, -1), (-1, 0)) else own
 
     # --- groups ---
 
@@ -318,12 +335,13 @@ class DotProductAttention(torch.nn.Module):
         sides = _te_rows.sides(
             (cu_seqlens_q, cu_seqlens_kv), (cu_seqlens_q_padded, cu_seqlens_kv_padded), (max_seqlen_q, max_seqlen_kv),
             attention_mask if layout != "thd" and "padding" in kind else None, self.attention_type == "cross",
+            pad_between_seqs is False,
         )  # fmt: skip
         aligned = self.bottom_right_diagonal if bottom_right_diagonal is None else bottom_right_diagonal
-        window = self.window_size if window_size is None else window_size
+        window = self._own_window() if window_size is None else window_size
         slopes, bias = self._terms(core_attention_bias_type, core_attention_bias, alibi_slopes, q)
         call = Call(
-            q, k, v, layout, options.masking(kind, None, aligned), self.softmax_scale, cap, self.softmax_offset, slopes,
+            q, k, v, layout, options.masking(kind, None, aligned), self.softmax_scale, cap, self._sink(), slopes,
             bias, sides=sides, ranks=self._ranks(), strategy=self.load_balancing_strategy, check=self.check_offsets,
             layer=self._layer,
         )  # fmt: skip
@@ -337,6 +355,11 @@ class DotProductAttention(torch.nn.Module):
             outs = [self._run(settle(each), checkpoint_core_attention) for each in calls]
             return _te_policies.together(outs, q, v)
         call = masked(call, kind, window, aligned, attention_mask, pad_between_seqs)
+        if self.return_max_logit and unread(call):
+            raise Unsupported(
+                "return_max_logit with offsets that are not read (check_offsets=False, or inside a CUDA graph): it is "
+                "computed sequence by sequence: leave check_offsets True, or return_max_logit False"
+            )
         settled = settle(call)
         out = self._run(settled, checkpoint_core_attention)
         return (out, settled.largest()) if self.return_max_logit else out
@@ -354,7 +377,8 @@ class DotProductAttention(torch.nn.Module):
         if given != wanted:
             raise ShapeError(
                 f"key heads {given[0]}, value heads {given[1]}, head dims of q, k and v {given[2:]}: the module was "
-                f"made for {wanted[0]}, {wanted[1]} and {wanted[2:]}"
+                f"made for {wanted[0]}, {wanted[1]} and {wanted[2:]}, by num_gqa_groups={self.num_gqa_groups} "
+                f"(default: num_attention_heads), tp_size={self.tp_size} and kv_channels"
             )
 
     def _terms(
