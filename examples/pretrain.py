@@ -120,6 +120,11 @@ def steps(sizes: Sizes, count: int) -> Iterator[list[Tensor]]:
         yield documents
 
 
+def joined(documents: list[Tensor]) -> Tensor:
+    """One after the other; nothing, where a step has fewer documents than there are dp groups."""
+    return torch.cat([torch.empty(0, dtype=torch.long), *documents])
+
+
 # --- the loop ---
 
 
@@ -164,8 +169,8 @@ def train(sizes: Sizes, ranks: Ranks, options: argparse.Namespace) -> None:
         mine = ranks.mine(documents)
         packing = anyattn.Packing.from_lengths([len(document) for document in mine])
         plan = cp.plan(packing, num_heads=sizes.heads, num_kv_heads=sizes.kv_heads)
-        shifted = torch.cat([F.pad(document[1:], (0, 1), value=IGNORED) for document in mine])  # shift, then shard
-        inputs = plan.shard(torch.cat(mine)).to(ranks.device)
+        tokens, shifted = joined(mine), joined([F.pad(x[1:], (0, 1), value=IGNORED) for x in mine])  # shift, then shard
+        inputs = plan.shard(tokens).to(ranks.device)
         labels = plan.shard(shifted, fill=IGNORED).to(ranks.device)
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda"):
             logits = model(inputs, plan)

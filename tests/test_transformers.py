@@ -372,6 +372,14 @@ def test_what_cannot_be_honoured_is_refused():
         call(q, k, v, position_bias=torch.zeros(1, 4, 6, 6), cu_seq_lens_q=offsets([4, 8]))
     with pytest.raises(anyattn.Unsupported, match=r"output_attentions.*set_attn_implementation\('eager'\)"):
         build("llama")(input_ids=tokens(1, 4), output_attentions=True)
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0,
+        output_attentions=True,
+    )  # fmt: skip
+    asking = transformers.LlamaForCausalLM._from_config(config, attn_implementation="anyattn")
+    with pytest.raises(anyattn.Unsupported, match="output_attentions=False"):
+        asking(input_ids=tokens(1, 4))
+    assert asking(input_ids=tokens(1, 4), output_attentions=False).attentions is None
     with pytest.raises(anyattn.InvalidArgument, match="sliding_window must be at least 1"):
         call(q, k, v, sliding_window=0)
     with pytest.raises(anyattn.ShapeError, match="2-D, 4-D or a BlockMask"):

@@ -99,6 +99,12 @@ def test_wrapped_models(pool, how):
         assert_step(step, want)
 
 
+@pytest.mark.parametrize("ranks", [2, context_pool.Mesh((2, 2), ("p2p", "a2a"))], ids=["ProcessGroup", "DeviceMesh"])
+def test_a_group_as_it_is(pool, ranks):
+    for step in context_pool.values(pool.run(ranks, jobs.divided, "llama", "positions", "group")):
+        assert_step(step, alone("llama", "positions"))
+
+
 def test_gradients_to_be_summed(pool):
     for step in context_pool.values(pool.run(2, jobs.divided, "llama", "right", "p2p", "sum")):
         assert_step(step, alone("llama", "right"))
@@ -211,6 +217,7 @@ def tiny(name, **changes):
 MODELS = {
     "LlamaForSequenceClassification": "no causal language model (its loss is ForSequenceClassification)",
     "BartForConditionalGeneration": "encoder-decoder",
+    "BartForCausalLM": "its forward takes no position_ids",
     "Qwen3NextForCausalLM": "tokens meet in its Conv1d",
 }
 
@@ -234,12 +241,12 @@ def test_rotary_positions_that_depend_on_the_longest(cp):
 
 
 def test_a_loss_of_the_models_own(cp):
-    model, batch = tiny("BartForCausalLM", is_decoder=True), jobs.batch_of("plain")
-    with (
-        context_parallel(cp, model),
-        pytest.raises(anyattn.Unsupported, match="BartForCausalLM has a loss of its own"),
-    ):
-        model(**batch)
+    model, batch = jobs.build("llama"), jobs.batch_of("plain")
+    model.loss_function = lambda logits, labels, **_: logits.sum()
+    with context_parallel(cp, model):
+        with pytest.raises(anyattn.Unsupported, match="LlamaForCausalLM has a loss of its own"):
+            model(**batch)
+        assert model(input_ids=batch["input_ids"]).loss is None
 
 
 ARGUMENTS = {
@@ -280,6 +287,13 @@ WRONG = {
     "the plan is for 9 rows, and the batch has 3 x 17": lambda: {
         "plan": anyattn.ContextParallel((1, 0)).plan(anyattn.Packing.from_lengths([9])),
     },
+    "is of 20 rows, and there are 3 x 17 tokens": lambda: {"cu_seq_lens_q": torch.tensor([0, 5, 20])},
+    "is of 3 rows, and there are 3 x 17 tokens": lambda: {"packing": anyattn.Packing.from_lengths([1] * 3)},
+    "two names of one thing": lambda: {
+        "cu_seq_lens_q": torch.tensor([0, 51]), "cu_seqlens_q": torch.tensor([0, 5, 51])
+    },
+    r"2-D is \(3, keys\); got \(1, 17\)": lambda: {"attention_mask": torch.ones(1, 17)},
+    r"2-D is \(3, keys\); got \(3, 17, 17\)": lambda: {"attention_mask": torch.ones(3, 17, 17)},
     "must be an anyattn.ContextPlan, got int": lambda: {"plan": 3},
     "the plan is for rank 0 of 2": lambda: {
         "plan": anyattn.ContextParallel((2, 0)).plan(anyattn.Packing.from_lengths([51])),
@@ -288,6 +302,33 @@ WRONG = {
         "packing": anyattn.Packing.from_lengths([51]), "cu_seq_lens_q": torch.tensor([0, 51])
     },
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["mask", "offsets"])
+def test_tokens_after_the_end_are_padding(cp, kind):
+    """Of a mask that is shorter than the tokens, and of offsets beside a mask; as in one process."""
+    model, ids = jobs.build("llama"), jobs.batch_of("plain")["input_ids"]
+    if kind == "mask":
+        batch = {"attention_mask": torch.tensor([[1] * 12, [0] * 3 + [1] * 9, [1] * 12])}
+        labels = torch.cat([ids[:, :12], torch.full_like(ids[:, 12:], jobs.IGNORED)], 1)
+        labels[1, :4] = jobs.IGNORED
+    else:
+        ids = ids.view(1, -1)
+        batch = {"attention_mask": (torch.arange(51) < 40)[None], "cu_seq_lens_k": torch.tensor([0, 13, 40])}
+        labels = ids.masked_fill(torch.arange(51) >= 40, jobs.IGNORED)
+    want = model(input_ids=ids, labels=labels, **batch).loss.item()
+    with context_parallel(cp, model):
+        assert model(input_ids=ids, labels=labels, **batch).loss.item() == pytest.approx(want, abs=2e-6)
+        with pytest.raises(anyattn.ContextError, match="would be predicted from padding"):
+            model(input_ids=ids, labels=ids, **batch)
+
+
+def test_a_longer_mask_is_cut(cp):
+    model, batch = jobs.build("llama"), jobs.batch_of("right")
+    want = model(**batch).loss.item()
+    batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(3, 4, dtype=torch.long)], 1)
+    with context_parallel(cp, model):
+        assert model(**batch).loss.item() == pytest.approx(want, abs=2e-6)
 
 
 @pytest.mark.parametrize("text", WRONG)
@@ -332,6 +373,21 @@ def test_arguments_of_the_context(cp):
         model(**jobs.batch_of("plain"))
     with context_parallel(cp, model) as division, pytest.raises(anyattn.ContextError, match="call the model first"):
         division.plan  # noqa: B018
+
+
+def test_nested_contexts(cp):
+    model, other = jobs.build("llama"), jobs.build("llama")
+    for inner in (model, model.model, torch.nn.Sequential(model)):
+        with (
+            context_parallel(cp, model),
+            pytest.raises(anyattn.ContextError, match=r"is nested: .* is divided already"),
+            context_parallel(cp, inner),
+        ):
+            pass
+    with context_parallel(cp, model), context_parallel(cp, other):
+        assert other(**jobs.batch_of("plain")).loss > 0
+    with pytest.raises(anyattn.ContextError, match=r"takes a DeviceMesh, a ProcessGroup, .* got int"):
+        context_parallel(3, model).__enter__()
 
 
 def test_after_it_the_model_is_as_before(cp):

@@ -126,9 +126,9 @@ def averaged(seat: Any, model: Any, by: int) -> dict[str, torch.Tensor]:
 
 
 def divided(seat: Any, name: str, kind: str, comm: str, gradients: str = "mean", **more: Any) -> Step:
-    """The step over ranks."""
+    """The step over ranks; comm "group" hands over the group as it is."""
     model, batch = build(name), batch_of(kind)
-    cp = anyattn.ContextParallel(seat.group, comm=comm)
+    cp = seat.group if comm == "group" else anyattn.ContextParallel(seat.group, comm=comm)
     with context_parallel(cp, model, gradients=gradients) as division:
         out = model(**batch, **more)
         out.loss.backward()

@@ -18,34 +18,47 @@ def same_batches(accelerator: Any, cp: ContextParallel) -> Iterator[None]:
 
     accelerate reads from a mesh which processes are to be given the same batch; it is shown one of (data, context).
     """
-    from accelerate.data_loader import DataLoaderDispatcher
-
     _check_processes(accelerator, cp)
-    world, prepare = accelerator.num_processes, accelerator.prepare_data_loader
+    world, outer = accelerator.num_processes, vars(accelerator).get("prepare_data_loader")
     mesh = None
     if dist.is_initialized():
         mesh = dist.device_mesh.init_device_mesh(
             accelerator.device.type, (world // cp.size, cp.size), mesh_dim_names=("dp_replicate", "cp")
         )
 
-    def prepare_data_loader(*args: Any, **kwargs: Any) -> Any:
-        before, accelerator.state.device_mesh = accelerator.state.device_mesh, mesh
+    accelerator.prepare_data_loader = _Prepare(accelerator, mesh)
+    try:
+        yield
+    finally:
+        if outer is None:
+            del accelerator.prepare_data_loader
+        else:
+            accelerator.prepare_data_loader = outer
+
+
+class _Prepare:
+    """An accelerator's ``prepare_data_loader``, shown a mesh: the innermost context's, where several are nested."""
+
+    def __init__(self, accelerator: Any, mesh: Any) -> None:
+        before = accelerator.prepare_data_loader
+        self._prepare: Any = before._prepare if isinstance(before, _Prepare) else before
+        self._accelerator, self._mesh = accelerator, mesh
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from accelerate.data_loader import DataLoaderDispatcher
+
+        state = self._accelerator.state
+        before, state.device_mesh = state.device_mesh, self._mesh
         try:
-            loader = prepare(*args, **kwargs)
+            loader = self._prepare(*args, **kwargs)
         finally:
-            accelerator.state.device_mesh = before
-        if isinstance(loader, DataLoaderDispatcher) and world > 1:
+            state.device_mesh = before
+        if isinstance(loader, DataLoaderDispatcher) and self._accelerator.num_processes > 1:
             raise Unsupported(
                 "context_parallel needs every process to read its batches, and dispatch_batches has one read for all: "
                 "pass dispatch_batches=False (for a Trainer, in accelerator_config)"
             )
         return loader
-
-    accelerator.prepare_data_loader = prepare_data_loader
-    try:
-        yield
-    finally:
-        del accelerator.prepare_data_loader
 
 
 def _check_processes(accelerator: Any, cp: ContextParallel) -> None:

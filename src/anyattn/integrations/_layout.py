@@ -240,7 +240,7 @@ def check_agrees(layout: Layout, shape: Shape, real: Tensor | None, documents: T
     """
     if real is None and documents is None:
         return
-    name = _names(layout, shape)
+    name = names_of(layout, shape)
     if name is None:
         return
     valid = name >= 0
@@ -262,7 +262,7 @@ def check_agrees(layout: Layout, shape: Shape, real: Tensor | None, documents: T
         )
 
 
-def _names(layout: Layout, shape: Shape) -> Tensor | None:
+def names_of(layout: Layout, shape: Shape) -> Tensor | None:
     """(B, Q) on the CPU: the number of the sequence that each row belongs to, or -1. None: not known on the host."""
     packing = layout.packing
     assert packing is not None
@@ -285,7 +285,7 @@ def in_chunks(layout: Layout, shape: Shape, pattern: Pattern, device: torch.devi
     Raises:
         Unsupported: the packing's lengths are not known on the host.
     """
-    names = _names(layout, shape)
+    names = names_of(layout, shape)
     if names is None or layout.packing_kv is not None or shape.queries != shape.keys:
         raise Unsupported(
             "chunked attention needs a packing whose lengths the host knows, the same for queries and keys: make it "
@@ -294,7 +294,7 @@ def in_chunks(layout: Layout, shape: Shape, pattern: Pattern, device: torch.devi
     return lay_out(shape, pattern, names >= 0, names, device=device)
 
 
-def from_offsets(offsets: Tensor, longest: int | None, offsets_kv: Tensor, longest_kv: int | None) -> Layout:
+def from_offsets(offsets: Tensor, offsets_kv: Tensor, longest: int | None, longest_kv: int | None) -> Layout:
     """Cumulative lengths of queries and keys as a layout. Copies them to the host once."""
     packing = _from_offsets("cu_seq_lens_q", offsets, longest)
     if offsets_kv is offsets:

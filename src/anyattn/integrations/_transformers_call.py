@@ -9,7 +9,6 @@ from torch import Tensor
 
 from anyattn._api import attention
 from anyattn._errors import DtypeError, InvalidArgument, PackingError, ShapeError, Unsupported
-from anyattn._packing import Packing
 from anyattn._request import is_block_mask
 from anyattn.integrations._layout import (
     PLAIN,
@@ -23,8 +22,24 @@ from anyattn.integrations._layout import (
     may_restart,
     traced_offsets,
 )
-from anyattn.integrations._transformers_masks import CHUNKS, PLAIN_PATTERN, Facts, facts_of, note_traced, traced_pattern
+from anyattn.integrations._transformers_masks import (
+    CHUNKS,
+    PLAIN_PATTERN,
+    Facts,
+    check_mask,
+    facts_of,
+    note_traced,
+    traced_pattern,
+)
 from anyattn.integrations._transformers_memory import Same, documents_at, once
+from anyattn.integrations._transformers_packed import (
+    Offsets,
+    check_covers,
+    check_keys,
+    given_offsets,
+    given_packing,
+    is_flat,
+)
 from anyattn.integrations._transformers_traced import traced_documents, traced_padding
 
 
@@ -84,9 +99,10 @@ def attention_forward(
 
     Raises:
         Unsupported: ``output_attentions``, or keys in pages.
-        PackingError: sources of packing that disagree.
+        PackingError: sources of packing that disagree, or that do not cover the tokens.
+        ShapeError: a mask of another batch size.
     """
-    _refuse(options)
+    refuse(module, options)
     said = _said(
         module, Shape(query.shape[0], query.shape[2], key.shape[2]), attention_mask, is_causal, sliding_window, options,
         position_bias,
@@ -117,13 +133,15 @@ def attention_forward(
     return flat.unflatten(0, q.shape[:2]), None
 
 
-def _refuse(options: dict[str, Any]) -> None:
+def refuse(module: torch.nn.Module, options: dict[str, Any]) -> None:
+    """Refuse what no kernel does, asked for by an argument or by the layer's config."""
     if options.get("cache") is not None or options.get("block_table") is not None:
         raise Unsupported("continuous batching keeps keys in pages, which anyattn does not read: use generate()")
-    if options.get("output_attentions"):
+    weights = options.get("output_attentions")
+    if weights or (weights is None and getattr(getattr(module, "config", None), "output_attentions", False)):
         raise Unsupported(
             "output_attentions: no kernel forms the attention weights; for a model whose weights you want to see, "
-            "model.set_attn_implementation('eager')"
+            "model.set_attn_implementation('eager'); if the model's config asks for them, pass output_attentions=False"
         )
 
 
@@ -140,6 +158,8 @@ def _said(
     layer = getattr(module, "layer_idx", None)
     whole = attention_mask if _is_whole(attention_mask) else None
     given = None if whole is not None else attention_mask
+    if given is not None:
+        check_mask(given, shape.batch)
     facts = None if given is None else facts_of(given)
     if facts is not None and (facts.shape.queries, facts.allocated) != (shape.queries, shape.keys):
         facts = None  # a mask made for other layers: only its values count
@@ -254,48 +274,33 @@ def _with_whole_mask(said: Said) -> tuple[Layout, Any, Tensor | None]:
 # --- packings that the caller gives ---
 
 
-def _either(options: dict[str, Any], *names: str) -> Any:
-    """The value of the first of several spellings that is given."""
-    return next((options[name] for name in names if options.get(name) is not None), None)
-
-
 def _explicit(said: Said) -> Layout | None:
-    """From ``packing`` or cumulative lengths."""
+    """From ``packing`` or cumulative lengths, which must cover the tokens."""
     options, shape = said.options, said.shape
-    packing, packing_kv = options.get("packing"), options.get("packing_kv")
-    offsets = _either(options, "cu_seq_lens_q", "cu_seqlens_q", "cu_seq_lens_k", "cu_seqlens_k")
+    offsets = given_offsets(options, said.layer)
+    packing, packing_kv = (given_packing(options, name) for name in ("packing", "packing_kv"))
+    compiling = torch.compiler.is_compiling()
     if packing is not None:
-        if offsets is not None:
-            raise PackingError("packing and cu_seq_lens are two ways to say one thing: give one of the two")
-        if not isinstance(packing, Packing):
-            raise PackingError(f"packing must be an anyattn.Packing, got {type(packing).__name__}")
-        return Layout(packing, packing_kv, flat=_is_flat(packing, shape))
-    if offsets is None:
+        layout = Layout(packing, packing_kv, flat=is_flat(packing, shape))
+    elif offsets is None:
         return None
-    offsets_kv = _either(options, "cu_seq_lens_k", "cu_seqlens_k")
-    offsets_kv = offsets if offsets_kv is None else offsets_kv
-    if not isinstance(offsets, Tensor) or not isinstance(offsets_kv, Tensor):
-        raise PackingError("cu_seq_lens_q and cu_seq_lens_k must be tensors, (documents + 1)")
-    longest = _either(options, "max_length_q", "max_seqlen_q")
-    longest_kv = _either(options, "max_length_k", "max_seqlen_k")
-    if torch.compiler.is_compiling():
-        return traced_offsets(shape, offsets, longest, offsets_kv, longest_kv)
-    longest, longest_kv = (None if x is None else int(x) for x in (longest, longest_kv))
-    key = ("offsets", None if offsets_kv is offsets else Same(offsets_kv), longest, longest_kv)
-    make = lambda: from_offsets(offsets, longest, offsets_kv, longest_kv)  # noqa: E731
-    layout: Layout = once(offsets, key, said.layer, make)
+    elif compiling:
+        return traced_offsets(shape, offsets.queries, offsets.longest, offsets.keys, offsets.longest_keys)
+    else:
+        layout = _from_offsets(offsets, said.layer)
+    if not compiling:  # sizes may be symbols there, and values are not known
+        assert layout.packing is not None
+        check_covers(layout.packing, shape, said.facts is not None and said.facts.real is not None)
+        check_keys(layout, shape)
     return layout
 
 
-def _is_flat(packing: Packing, shape: Shape) -> bool:
-    """Whether a packing counts rows of the flattened batch, as it must where an entry holds several documents."""
-    if packing._shape is not None:
-        return False
-    facts = packing._facts
-    if shape.batch == 1 or facts.sequences != shape.batch:
-        return True
-    across = facts.starts is not None and packing._entry_rows != shape.queries
-    return across and facts.rows == shape.batch * shape.queries
+def _from_offsets(offsets: Offsets, layer: int | None) -> Layout:
+    queries, keys = offsets.queries, offsets.keys
+    longest, longest_keys = (None if x is None else int(x) for x in (offsets.longest, offsets.longest_keys))
+    key = ("offsets", None if keys is queries else Same(keys), longest, longest_keys)
+    layout: Layout = once(queries, key, layer, lambda: from_offsets(queries, keys, longest, longest_keys))
+    return layout
 
 
 # --- padding and positions ---

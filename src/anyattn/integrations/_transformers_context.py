@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,11 @@ from anyattn.integrations import _transformers_refusals as refusals
 from anyattn.integrations._accelerate import same_batches
 from anyattn.integrations._layout import Shape
 from anyattn.integrations._transformers_batches import digest, divide, packing_of, says_documents, sizes_of
-from anyattn.integrations._transformers_plan import Forward, running
+from anyattn.integrations._transformers_plan import begin, end
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Division:
@@ -34,6 +38,7 @@ class Division:
         self._plan: ContextPlan | None = None
         self._compared: set[bool] = set()
         self._known_loss = False
+        self._positions: refusals.Positions | None = None
 
     @property
     def plan(self) -> ContextPlan:
@@ -56,6 +61,9 @@ class Division:
         shape = Shape(tokens.shape[0], tokens.shape[1], tokens.shape[1])
         plan = batch.pop("plan", None)
         explicit = says_documents(batch) or (plan is not None and batch.get("attention_mask") is None)
+        if self._positions is None:
+            self._positions = refusals.positions_of(model)
+        refusals.check_positions(model, self._positions, batch, explicit)
         if plan is None:
             plan = self.cp.plan(packing_of(batch, shape), **self._options)
         elif not isinstance(plan, ContextPlan):
@@ -75,12 +83,12 @@ class Division:
         divided = divide(batch, plan, shape, explicit)
         if "use_cache" in refusals.parameters(model):
             divided["use_cache"] = False
-        running.append(Forward(plan))
+        begin(plan)
         return (), divided
 
     def _after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Check what ran, and make the loss the whole batch's; also called, without output, where forward failed."""
-        forward = running.pop() if running else None
+        forward = end()
         if forward is None or output is None:
             return None
         refusals.check_ran(model, forward.layers, output)
@@ -112,7 +120,7 @@ class Division:
 
 @contextmanager
 def context_parallel(
-    cp: ContextParallel,
+    cp: ContextParallel | DeviceMesh | ProcessGroup,
     model: torch.nn.Module,
     *,
     accelerator: Any = None,
@@ -126,7 +134,7 @@ def context_parallel(
     rows; ``loss`` is the whole batch's on every rank, and ``logits`` are (1, rows, vocabulary), this rank's.
 
     Args:
-        cp: the group.
+        cp: the group; a DeviceMesh or ProcessGroup is one with ``comm="auto"``.
         model: a transformers model that was given ``attn_implementation="anyattn"``, alone or wrapped (DDP, FSDP2,
             PEFT).
         accelerator: an ``accelerate.Accelerator``, such as a Trainer's: data loaders that it prepares inside give the
@@ -141,7 +149,8 @@ def context_parallel(
     Raises:
         Unsupported: a model that mixes tokens outside of attention, an encoder-decoder, a batch with a cache, with
             images or a 4-D mask; the message names it.
-        ContextError: a batch or plan that does not fit, ranks that were given different batches.
+        ContextError: a batch or plan that does not fit, ranks that were given different batches, or a model that is
+            divided already.
 
     Example::
 
@@ -152,20 +161,63 @@ def context_parallel(
     """
     if gradients not in ("mean", "sum"):
         raise InvalidArgument(f"gradients must be 'mean' or 'sum', got {gradients!r}")
+    cp = _group(cp)
     inner = refusals.transformers_model(model)
     refusals.check_model(inner)
+    _check_not_nested(inner)
     division = Division(cp, {**sizes_of(inner.config), **options}, cp.size if gradients == "mean" else 1)
     loaders: AbstractContextManager[None] = nullcontext() if accelerator is None else same_batches(accelerator, cp)
-    eager: Any = torch.compiler.disable  # the hooks look at values
-    before = inner.register_forward_pre_hook(eager(division._before), prepend=True, with_kwargs=True)
-    after = inner.register_forward_hook(eager(division._after), with_kwargs=True, always_call=True)
+    before = inner.register_forward_pre_hook(_Hook(division._before), prepend=True, with_kwargs=True)
+    after = inner.register_forward_hook(_Hook(division._after), with_kwargs=True, always_call=True)
+    _divided.append(inner)
     try:
         with loaders:
             yield division
     finally:
+        _divided.remove(inner)
         before.remove()
         after.remove()
-        running.clear()  # an interrupt leaves it
+        while end() is not None:  # an interrupt leaves some
+            pass
+
+
+class _Hook:
+    """A hook of the model that is divided, and of no other: in copies of the model it does nothing."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run: Any = torch.compiler.disable(run)  # it looks at values
+
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _hook_of_a_copy, ()
+
+
+def _hook_of_a_copy() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*_: Any) -> None:
+    """What a hook does in a copy."""
+
+
+#: The models that are divided now.
+_divided: list[torch.nn.Module] = []
+
+
+def _check_not_nested(model: torch.nn.Module) -> None:
+    parts = set(model.modules())
+    if any(other in parts or model in other.modules() for other in _divided):
+        raise ContextError(
+            f"context_parallel is nested: {type(model).__name__} is divided already, by another context_parallel "
+            "around this one; leave one of them out"
+        )
+
+
+def _group(cp: Any) -> ContextParallel:
+    """What was given, or the group of a mesh."""
+    return cp if isinstance(cp, ContextParallel) else ContextParallel(cp)
 
 
 class ContextParallelCollator:
@@ -176,7 +228,7 @@ class ContextParallelCollator:
 
     Args:
         collator: makes the batch, such as ``transformers.DataCollatorWithFlattening()``.
-        cp: the group whose plans are made; only its sizes go to the workers.
+        cp: the group whose plans are made, as for :func:`context_parallel`; only its sizes go to the workers.
         config: the model's.
         **options: as for :func:`context_parallel`.
 
@@ -185,7 +237,10 @@ class ContextParallelCollator:
         >>> collator = ContextParallelCollator(DataCollatorWithFlattening(), cp, model.config)  # doctest: +SKIP
     """
 
-    def __init__(self, collator: Callable[..., Any], cp: ContextParallel, config: Any, **options: Any) -> None:
+    def __init__(
+        self, collator: Callable[..., Any], cp: ContextParallel | DeviceMesh | ProcessGroup, config: Any, **options: Any
+    ) -> None:
+        cp = _group(cp)
         shape = cp._members.shape
         self.collator = collator
         self._planner = ContextParallel((shape[0] if len(shape) == 1 else shape, cp.rank), comm=cp.comm)

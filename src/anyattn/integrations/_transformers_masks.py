@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anyattn.integrations._layout import Layout, Pattern, Shape, lay_out, may_restart, several
+from anyattn._errors import PackingError, ShapeError
+from anyattn.integrations._layout import Layout, Pattern, Shape, documents_of, lay_out, may_restart, several
 from anyattn.integrations._transformers_memory import documents_at
 
 _ATTRIBUTE = "_anyattn_facts"
@@ -71,6 +72,19 @@ def note_traced(mask: Tensor, chunked: bool) -> Tensor:
     return mask
 
 
+def check_mask(mask: Tensor, batch: int) -> None:
+    """Refuse a tensor that is no mask of this batch: one that is neither (batch, keys) nor 4-D.
+
+    Raises:
+        ShapeError: it has other dims, or another batch size.
+    """
+    if mask.ndim not in (2, 4) or (mask.ndim == 2 and mask.shape[0] != batch):
+        raise ShapeError(
+            f"attention_mask must be 2-D, 4-D or a BlockMask; for {batch} batch entries, 2-D is ({batch}, keys); got "
+            f"{tuple(mask.shape)}"
+        )
+
+
 def make_mask(
     batch_size: int,
     q_length: int,
@@ -97,9 +111,14 @@ def make_mask(
 
     Returns:
         None: causal and nothing more; a 2-D mask with facts; or a complete 4-D mask.
+
+    Raises:
+        ShapeError: an attention mask of another batch size.
     """
     from transformers import masking_utils
 
+    if attention_mask is not None:
+        check_mask(attention_mask, batch_size)
     if mask_function is None:
         mask_function = masking_utils.causal_mask_function
     tracing = _tracing(attention_mask)
@@ -117,6 +136,9 @@ def make_mask(
             **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
         )  # fmt: skip
         mask = _without_padded_queries(mask, attention_mask, q_offset, options)
+        if not tracing:
+            shape = Shape(batch_size, q_length, kv_length)
+            mask = _apart(mask, positions, shape, q_offset, kv_offset, attention_mask)
         return note_traced(mask, _is_chunked(options)) if tracing else mask
     pattern, documents, left = known
     if pattern.chunk is not None and kv_offset + placed <= pattern.chunk:
@@ -162,6 +184,27 @@ def _numbered(mask: Tensor, chunk: int, left: Tensor) -> Tensor:
     row = torch.arange(mask.shape[1], device=mask.device)[None] - left.to(mask.device).view(-1, 1)
     number = torch.div(row, chunk, rounding_mode="floor").clamp(min=0) + 1
     return (number * mask).to(torch.int32)
+
+
+def _apart(
+    mask: Tensor, positions: Tensor | None, shape: Shape, q_offset: int | Tensor, kv_offset: int, given: Tensor | None
+) -> Tensor:
+    """A complete mask under which documents, told by positions that restart, do not see each other."""
+    if not may_restart(positions, shape):
+        return mask
+    assert positions is not None
+    first = int(q_offset)
+    documents = documents_of(positions, shape.batch, _real_keys(given, first, shape.queries))
+    if not several(documents):
+        return mask
+    if first or kv_offset or shape.keys < shape.queries:
+        raise PackingError(
+            "position_ids restart among new tokens after cached ones, and do not say to which document those belong: "
+            "pass a 4-D mask"
+        )
+    of_queries = documents.to(mask.device)
+    of_keys = torch.nn.functional.pad(of_queries, (0, shape.keys - shape.queries), value=-1)
+    return mask & (of_queries[:, None, :, None] == of_keys[:, None, None, :])
 
 
 def _tracing(attention_mask: Tensor | None) -> bool:

@@ -6,8 +6,9 @@ Legend: B batch entries, R rows of this rank's shard.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,20 +19,44 @@ from anyattn._api import attention
 from anyattn._context._plan import ContextPlan
 from anyattn._errors import ShapeError, Unsupported
 from anyattn.integrations._layout import Pattern
+from anyattn.integrations._transformers_call import refuse
 from anyattn.integrations._transformers_masks import facts_of, make_mask, recognize
 
 
-@dataclass
+@dataclass(eq=False)
 class Forward:
     """One forward of a model under a plan."""
 
     plan: ContextPlan
     layers: int = 0
     """Attention layers that ran through it."""
+    thread: int = field(default_factory=threading.get_ident)
+    """In which it runs."""
 
 
-#: The forward of a divided model that runs now, if any. Empty in backward, which may run layers again.
-running: list[Forward] = []
+#: Forwards of divided models that run now, of all threads. Empty in backward, which may run layers again.
+_running: list[Forward] = []
+
+
+def begin(plan: ContextPlan) -> None:
+    """A forward of a divided model begins in this thread."""
+    _running.append(Forward(plan))
+
+
+def end() -> Forward | None:
+    """This thread's innermost forward ends; None where there is none."""
+    forwards = running()
+    if forwards:
+        _running.remove(forwards[-1])
+    return forwards[-1] if forwards else None
+
+
+def running() -> list[Forward]:
+    """Forwards of divided models in this thread, outermost first; of any thread where that is asked in a trace."""
+    if torch.compiler.is_compiling():
+        return _running
+    thread = threading.get_ident()
+    return [forward for forward in _running if forward.thread == thread]
 
 
 def or_by_plan(attention_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,7 +65,7 @@ def or_by_plan(attention_forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(attention_forward)
     def forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         if options.get("plan") is None:
-            if running:
+            if running():
                 raise Unsupported(
                     "context_parallel hands the plan to attention as a keyword argument of the model, and this model "
                     "does not pass its keyword arguments on to attention"
@@ -71,7 +96,7 @@ def attend(
     position_bias: Tensor | None = None,
     deterministic: bool | None = None,
     backend: str = "auto",
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of this rank's rows, as a transformers model calls it.
 
@@ -79,12 +104,13 @@ def attend(
     is not in the plan. query, key and value are (1, heads, R, dim), or (B, heads, R, dim) with a plan from a plain
     length. Returns (1 or B, R, num_heads, head_dim_v), and None. All else is as without a plan.
     """
+    refuse(module, options)
     made = _kind_of(mask)
     if made is not None and made.chunk is not None:
         raise Unsupported("under a plan there is no chunked attention: plans know causal, sliding and full masks")
     if position_bias is not None:
         raise Unsupported("under a plan there is no position_bias: a rank's keys are of several ranks")
-    for forward in running:
+    for forward in running():
         forward.layers += 1
     here = _masked(plan, _pattern(module, made, is_causal, sliding_window))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -143,7 +169,7 @@ def mask_function(*args: Any, **kwargs: Any) -> Tensor | Pattern | None:
     Raises:
         Unsupported: any other mask function.
     """
-    if not running:
+    if not running():
         return make_mask(*args, **kwargs)
     function = args[5] if len(args) > 5 else kwargs.get("mask_function")
     known = None if function is None else recognize(function)

@@ -7,7 +7,7 @@ nothing of the machine. What a model itself says stays in force: it supports suc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -41,12 +41,27 @@ _PREPROCESS = "_preprocess_mask_arguments"
 
 def check_name(name: str) -> None:
     """Refuse a name that transformers would take for an implementation of its own."""
+    if not isinstance(name, str):
+        raise InvalidArgument(f"name must be a string, as attn_implementation= will take it; got {name!r}")
     taken = next((part for part in _TAKEN if part in name), None)
     if taken is not None or not name:
         raise InvalidArgument(f"name must be non-empty and not contain {taken!r}, which transformers gives a meaning")
 
 
-def check_replace(name: str) -> None:
+def names_to_replace(replace: Any) -> tuple[str, ...]:
+    """Names of transformers' own, one or several; refuses what cannot be replaced."""
+    names = (replace,) if isinstance(replace, str) else replace
+    if names is None:
+        return ()
+    if not isinstance(names, Iterable):
+        raise InvalidArgument(f"replace must be one or several of {', '.join(REPLACEABLE)}, or None; got {replace!r}")
+    names = tuple(names)
+    for name in names:
+        _check_replace(name)
+    return names
+
+
+def _check_replace(name: str) -> None:
     """Refuse to replace what cannot be, or does not exist."""
     if name not in REPLACEABLE:
         why = _NOT_REPLACEABLE.get(name, "transformers has no such implementation")

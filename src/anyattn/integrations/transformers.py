@@ -30,9 +30,10 @@ from anyattn.backends import ORDER
 from anyattn.integrations import _transformers_register as registry
 from anyattn.integrations._transformers_call import attention_forward
 from anyattn.integrations._transformers_context import ContextParallelCollator, context_parallel
+from anyattn.integrations._transformers_memory import forget
 from anyattn.integrations._transformers_plan import mask_function, or_by_plan
 
-__all__ = ["ContextParallelCollator", "context_parallel", "register", "unregister"]
+__all__ = ["ContextParallelCollator", "context_parallel", "forget", "register", "unregister"]
 
 
 def register(name: str = "anyattn", *, replace: str | Sequence[str] | None = None) -> None:
@@ -63,9 +64,7 @@ def register(name: str = "anyattn", *, replace: str | Sequence[str] | None = Non
         >>> model.set_attn_implementation("anyattn:varlen")  # doctest: +SKIP
     """
     registry.check_name(name)
-    replaced = (replace,) if isinstance(replace, str) else tuple(replace or ())
-    for other in replaced:
-        registry.check_replace(other)
+    replaced = registry.names_to_replace(replace)
     for own in (name, *replaced):
         registry.put(own, _entry(), mask_function)
     for backend in ORDER:
