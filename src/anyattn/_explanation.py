@@ -97,8 +97,8 @@ class Explanation:
 
     def _together(self) -> set[str]:
         """What has a line for all kernels; other devices only beside something that is told of this one."""
-        whats = {frozenset(r.what for r in reasons) for _, reasons in self.reasons()}
-        alone = not self.candidates and all(what & {NOT_ASKED, OTHER_DEVICE} for what in whats)
+        found = {frozenset(r.what for r in reasons) for _, reasons in self.reasons()}
+        alone = not self.candidates and all(what & {NOT_ASKED, OTHER_DEVICE} for what in found)
         return {NOT_ASKED} if alone else {NOT_ASKED, OTHER_DEVICE}
 
     def closing(self) -> list[str]:
