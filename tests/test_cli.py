@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -165,13 +166,18 @@ class TestExplain:
         assert reason["text"] == "the gamma kernels: 2.5: AttributeError: no attribute 'cute'"
         assert device["what"] == "device", "there is no GPU here that it would run on"
 
-    def test_what_was_not_asked_for_and_other_devices_are_a_line_each(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_what_was_asked_for_and_is_for_other_devices_says_why(self, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, _ = _run(capsys, "explain", "--on", "sm100", "--backend", "beta,gamma")
-        *_, device, asked = out.splitlines()
+        *_, asked = out.splitlines()
         assert status == 1
-        assert device == "for other devices: beta:quick, beta:slow, gamma"
+        for name in ("beta:quick", "beta:slow", "gamma"):
+            assert re.search(rf"^ *{name} +rejected +3.1 +device: needs .*, got sm100", out, re.MULTILINE), out
         assert asked == 'not asked for: alpha (backend="beta,gamma")'
-        assert "rejected" not in out
+        assert "for other devices" not in out
+
+    def test_what_is_for_other_devices_is_a_line_beside_others(self, capsys: pytest.CaptureFixture[str]) -> None:
+        _, out, _ = _run(capsys, "explain", "--on", "sm100")
+        assert "for other devices: beta:quick, beta:slow, gamma" in out
 
     def test_a_version_that_is_newer_than_any_known_is_noted(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "newer than any known (3.1)" in _run(capsys, "explain", "--on", "sm90", "--assume", "alpha=3.2")[1]

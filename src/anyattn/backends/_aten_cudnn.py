@@ -16,7 +16,7 @@ Read in its C++ (attention.cu, attention_backward.cu, cudnn/MHA.cpp, sdp_utils.c
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,15 +131,11 @@ def forward(call: Call) -> Result:
         return _forward(call)
 
 
-_op: Any = torch.ops.aten._scaled_dot_product_cudnn_attention.default
-_op = getattr(_op, "_op", _op)  # all that calling it does is to call this
-
-
 def _forward(call: Call) -> Result:
     spec = call.spec
     bias = None if call.bias is None and call.mask is None else _bias(call)
     q, k, v = aligned(call.q).transpose(1, 2), aligned(call.k).transpose(1, 2), aligned(call.v).transpose(1, 2)
-    out, lse, _, _, _, _, seed, offset, _ = _op(
+    out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
         q, k, v, None if bias is None else bias.values, spec.need_lse, spec.dropout, _causal(spec, bias), False,
         scale=spec.scale,
     )  # fmt: skip
