@@ -342,9 +342,3 @@ def _both(parts: tuple[Callable[..., Any], ...]) -> Known | None:
 
 def _twice(a: Any, b: Any) -> bool:
     return a is not None and b is not None
-
-
-def _recognize(function: Callable[..., Any]) -> tuple[Pattern, Tensor | None] | None:
-    """(pattern, documents) of a mask function without chunks; None for any other."""
-    known = recognize(function)
-    return None if known is None or known.pattern.chunk is not None else (known.pattern, known.documents)
