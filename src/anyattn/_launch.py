@@ -1,7 +1,6 @@
 """Launching Triton kernels again: what was compiled for a kind of arguments is kept, and launched without a look-up.
 
-Triton's own launch binds and inspects every argument, in Python, each time: some 30 us, more than most of these kernels
-run. Imported only where Triton is.
+Triton's own launch binds and inspects every argument, in Python, each time. Imported only where Triton is.
 """
 
 from __future__ import annotations
