@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ def table(backend: str, ranks: int, only: str) -> Iterator[tuple[str, str, Conte
     """(scheme, feature, case) for a backend."""
     for comm in SCHEMES:
         for feature, changes in FEATURES.items():
-            if only and only not in f"{comm} {feature}":
+            if only and not re.search(only, f"{comm} {feature}"):
                 continue
             yield comm, feature, for_gpu(ContextCase(**{**changes, **scheme_on(comm, ranks), "backend": backend}))
 
@@ -332,7 +333,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default="auto", help="names with commas")
     parser.add_argument("--out", type=Path, default=Path("context_gpu.json"))
-    parser.add_argument("--only", default="", help="cases whose 'scheme feature' holds this")
+    parser.add_argument("--only", default="", help="cases whose 'scheme feature' has this regular expression; "
+                        "'cuda': what holds on CUDA alone")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after this")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--cpu", action="store_true")
@@ -359,7 +361,7 @@ def main() -> None:
                 record.end(key, outcome)
                 if outcome[0] == "failed":
                     print(f"FAILED {key}: {outcome[1][:300]}", file=sys.stderr, flush=True)
-        if kind == "cuda" and not given.only:
+        if kind == "cuda" and given.only in ("", "cuda"):
             record.data["cuda"][backend] = on_cuda(world, backend)
             record._write()
     world.all(None)

@@ -14,6 +14,7 @@ import oracle
 from anyattn import _padding
 from anyattn._call import Call, Gradients, Result, Rows, Saved
 from anyattn._packing import valid_rows
+from anyattn.backends import reference
 from cases import Case, Problem, Target, from_bshd, lse_to_bhs, to_bshd
 from test_conformance import check, run
 
@@ -330,3 +331,33 @@ def test_padded_offsets_may_start_late_and_rows_may_exceed(target: Target) -> No
     real = problem.real_q[0].to(target.device)
     assert not real[0]
     assert not out[~real].any()
+
+
+def test_padding_is_written_into_what_a_held_graph_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel may differentiate by autograd, whose graph saves out and lse: zeroed padding must not void it."""
+    packing = anyattn.Packing(*(torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 5], [0, 4, 8])))
+    real = torch.tensor([True, True, True, False, True, True, False, False])
+    held: list[tuple[Tensor, list[Tensor]]] = []
+
+    def forward(call: Call) -> Result:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+            out = (leaves[0] + leaves[1] + leaves[2]).exp()  # exp saves what it returns
+            lse = leaves[0].sum(-1).T.exp()
+        held.append((out, leaves))
+        return Result(out.detach(), lse.detach(), held=out)
+
+    def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gradients:
+        out, leaves = held[0]
+        assert saved.held is out
+        return Gradients(*torch.autograd.grad(out, leaves, dout))
+
+    monkeypatch.setattr(reference, "forward", forward)
+    monkeypatch.setattr(reference, "backward", backward)
+    q, k, v = (torch.randn(8, 2, 16, requires_grad=True) for _ in range(3))
+    out, lse = anyattn.attention(q, k, v, packing=packing, backend="reference", return_lse=True)
+    assert not out[~real].any()
+    assert (lse.T[~real] == -INF).all()
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    for grad in grads:
+        torch.testing.assert_close(grad, torch.where(real[:, None, None], (q + k + v).exp(), 0.0).detach())

@@ -60,12 +60,20 @@ def forward(p: Prepared, call: Call, sink: Tensor | None) -> Result:
         out = _cut(out, p.layout.head_dim_v)
     if p.fill_q or p.fill_lse:
         assert call.rows_q is not None
-        rows, of_out = call.rows_q, (out, 0, 0.0)
+        rows, of_out = call.rows_q, (_unversioned(out, held), 0, 0.0)
         if not p.fill_lse or lse is None:
             fill_gaps(rows, of_out)
         else:
-            fill_gaps(rows, *((of_out,) if p.fill_q else ()), (lse, 1, NEG_INF))
+            fill_gaps(rows, *((of_out,) if p.fill_q else ()), (_unversioned(lse, held), 1, NEG_INF))
     return Result(out, lse, rng, held)
+
+
+def _unversioned(x: Tensor, held: object) -> Tensor:
+    """The tensor as writes to padding see it: one that a held graph saved may have other rows of padding, not be newer.
+
+    Nothing flows back through padding: its gradient is zero whatever it holds.
+    """
+    return x if held is None else x.data
 
 
 def _cut(x: Tensor, dim: int) -> Tensor:
