@@ -156,6 +156,24 @@ def test_a_base_in_place(device: str) -> None:
     assert_rounded_once(total, expected, 6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_the_first_source_in_place(device: str, dtype: torch.dtype, columns: int) -> None:
+    """Rows may be added to what out holds; a row that names nothing, not even itself, becomes zero."""
+    whole = random_rows(20, 4, 8, dtype, device)
+    out, came = whole[3:17, 1:3], random_rows(7, 2, 8, dtype, device)
+    before, around = out.clone(), whole.clone()
+    table = random_table(14, columns, 7, device)
+    table = torch.where(table < 0, table, table + 14)
+    table[:, 0] = torch.arange(14, device=device)
+    table[5], table[9:11, 0] = -1, -1
+    sum_rows(out, [out, came], table)
+    assert_rounded_once(out, brute_force([before, came], table, None), columns)
+    assert not out[5].any()
+    around[3:17, 1:3] = out
+    assert torch.equal(whole, around)
+
+
 def test_sums_are_added_column_after_column(device: str) -> None:
     """Not in another order: 2**24 + 1 + 1 is 2**24 in float32, 1 + 1 + 2**24 is not. So a sum is repeatable."""
     big = float(1 << 24)

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anyattn._context import _indices
 from anyattn._context._calls import Part, calls, fused
 from anyattn._context._data import Entry, KernelCall, Layout, Mask, Piece, RankPlan, Run, Stage
 from anyattn._context._geometry import area, meet, needed
@@ -487,3 +489,15 @@ def test_united_zigzag_is_one_document() -> None:
     joined, orders = united(layout, [[1], [0], [2]])
     assert joined.pieces == (layout.pieces[1], layout.pieces[0], (Piece(0, 8, 16, 0),))
     assert orders == (None, None, None)
+
+
+def test_the_range_of_rows_that_local_calls_do_not_settle() -> None:
+    """Rows to which something comes, or of which nothing is known; what comes is counted after the range."""
+    settled = torch.tensor([True, True, True, False, True, True])
+    home = torch.tensor([[-1, -1], [0, 2], [-1, -1], [-1, -1], [1, -1], [-1, -1]], dtype=torch.int32)
+    hull, join = _indices.joined(settled, home)
+    assert hull == (1, 5)
+    assert join.tolist() == [[0, 4, 6], [1, -1, -1], [-1, -1, -1], [3, 5, -1]]
+    alone, own = _indices.joined(settled, None)
+    assert (alone, own.tolist()) == ((3, 4), [[-1]])
+    assert _indices.joined(settled | True, None)[0] == (0, 0)

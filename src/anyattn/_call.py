@@ -104,6 +104,9 @@ class Call(NamedTuple):
     tensor. The caller copies what lies elsewhere."""
     dq: Tensor | None = None
     """The same for dq, in backward."""
+    dk: Tensor | None = None
+    """The same for dk, which is given together with dv; what heads share is summed already."""
+    dv: Tensor | None = None
 
 
 class Result(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 from anyattn._call import Saved
 from anyattn._context import _rows
 from anyattn._context._exchange import Arrival, exchange
-from anyattn._context._kernel import Terms
+from anyattn._context._kernel import NOWHERE, Places, Terms
 from anyattn._context._schedule import (
     Answer,
     Heads,
@@ -111,7 +111,7 @@ class _Work:
                 saved,
                 x.dout[q0:q1, heads],
                 dlse,
-                self.place(unit, call),
+                self.places(unit, call),
             )
             if dbias is not None and self.dbias is not None:
                 whole = self.dbias[:, heads] if self.dbias.shape[1] > 1 else self.dbias
@@ -119,9 +119,9 @@ class _Work:
             found.append((call, _Part(dq, dk, dv)))
         return found
 
-    def place(self, unit: Unit, call: CallTables) -> Tensor | None:
-        """Where dq of a call is to be; None: anywhere."""
-        return None
+    def places(self, unit: Unit, call: CallTables) -> Places:
+        """Where gradients of a call are to be."""
+        return NOWHERE
 
     def owe(self, unit: Unit, parts: list[_Part], heads: int) -> None:
         """Send what others' keys got; take in what has come back so far."""
@@ -157,7 +157,8 @@ class _Work:
 class _Gathered(_Work):
     """No query row is in two calls, and there is at most one remote stage: everything is put together at the end.
 
-    But for dq where the calls' rows do not interleave: it goes where it belongs, by the kernel itself if it can.
+    Where the calls' rows do not interleave, gradients go where they belong, by the kernel itself if it can: dq of all
+    calls; dk and dv of local ones, to which what comes back is added.
     """
 
     def __init__(self, job: Job, x: Given) -> None:
@@ -168,19 +169,22 @@ class _Gathered(_Work):
         self.dqs: list[tuple[Unit, list[Tensor]]] = []
         self.home: list[tuple[Unit, Wire]] = []
 
-    def place(self, unit: Unit, call: CallTables) -> Tensor | None:
-        """Where dq of a call is to be; None: anywhere."""
-        return self.dq[call.q[0] : call.q[1], unit.heads.q] if self.tables.apart else None
+    def places(self, unit: Unit, call: CallTables) -> Places:
+        """Where gradients of a call are to be."""
+        dq = self.dq[call.q[0] : call.q[1], unit.heads.q] if self.tables.apart else None
+        if not (unit.local and self.tables.apart_k):
+            return Places(dq)
+        rows = slice(*call.k), unit.heads.k
+        return Places(dq, self.dk[rows], self.dv[rows])
 
     def _parts(self, unit: Unit, k: Tensor, v: Tensor) -> list[_Part]:
-        """Of a unit's calls; dq settled or kept."""
+        """Of a unit's calls, settled or kept."""
         found = self.calls(unit, k, v)
-        if self.tables.apart:
-            for call, part in found:
-                place = self.place(unit, call)
-                assert place is not None
-                settle(place, part.dq)
-        else:
+        for call, part in found:
+            for place, gradient in zip(self.places(unit, call), part, strict=True):
+                if place is not None:
+                    settle(place, gradient)
+        if not self.tables.apart:
             self.dqs.append((unit, [part.dq for _, part in found]))
         return [part for _, part in found]
 
@@ -194,25 +198,48 @@ class _Gathered(_Work):
 
     def local(self, unit: Unit, k: Tensor, v: Tensor) -> None:
         """A unit over this rank's own keys."""
-        self.own.append((unit, self._parts(unit, k, v)))
+        parts = self._parts(unit, k, v)
+        if not self.tables.apart_k:
+            self.own.append((unit, parts))
 
     def result(self) -> Gradients:
-        """Put together, by groups of heads; tables count calls in forward's order."""
+        """Put together."""
         self.arrived()
-        if self.tables.apart and self.tables.blank.shape[0]:
-            self.dq.index_fill_(0, self.tables.blank.long(), 0)
+        tables = self.tables
+        if not tables.apart:
+            for heads in self.groups:
+                dqs = [x[:, inner.q] for inner, parts in _of(heads, self.dqs) for x in parts]
+                _fill(self.dq[:, heads.q], dqs, tables.out)
+        elif tables.blank.shape[0]:
+            self.dq.index_fill_(0, tables.blank.long(), 0)
+        if tables.apart_k:
+            self._join()
+        else:
+            self._put_together()
+        return self.gradients()
+
+    def _join(self) -> None:
+        """Add what came back to what local calls wrote; rows of neither are zero."""
+        rows = slice(*self.tables.hull)
+        if rows.start == rows.stop:
+            return
+        nothing = Wire.empty(self.x.k, 0, self.x.k.shape[1], self.x.k.shape[2], self.x.v.shape[2])
+        found = [(unit.heads.k, wire) for unit, wire in self.home] or [(slice(None), nothing)]
+        for heads, wire in found:
+            for whole, came in ((self.dk, wire.k), (self.dv, wire.v)):
+                into = whole[rows, heads]
+                _rows.sum_rows(into, [into, came], self.tables.join)
+
+    def _put_together(self) -> None:
+        """Dk and dv, by groups of heads; tables count calls in forward's order."""
         for heads in self.groups:
             own = [(inner, p) for inner, parts in _of(heads, self.own) for p in parts]
             home = [(inner, wire) for inner, wire in _of(heads, self.home)]
             table = self.tables.own_and_home if home else self.tables.own
-            if not self.tables.apart:
-                dqs = [x[:, inner.q] for inner, parts in _of(heads, self.dqs) for x in parts]
-                _fill(self.dq[:, heads.q], dqs, self.tables.out)
             keys = [*(wire.k[:, i.k] for i, wire in home), *(p.dk[:, i.k] for i, p in own)]
             values = [*(wire.v[:, i.k] for i, wire in home), *(p.dv[:, i.k] for i, p in own)]
             _fill(self.dk[:, heads.k], keys, table)
             _fill(self.dv[:, heads.k], values, table)
-        return self.gradients()
 
 
 def _of(heads: Heads, found: list[tuple[Unit, T]]) -> list[tuple[Heads, T]]:

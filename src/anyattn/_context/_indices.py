@@ -74,12 +74,37 @@ def order(runs: Sequence[Run] | None, rows: int) -> tuple[Tensor, Tensor] | None
     return into[:, None].contiguous(), back[:, None].contiguous()
 
 
-def unused(rows: int, used: Sequence[Tensor]) -> Tensor:
-    """Those of so many rows that nobody uses."""
-    free = torch.ones(rows, dtype=torch.bool, device="cpu")
-    for mine in used if rows else ():
-        free[mine.long()] = False
-    return free.nonzero()[:, 0].to(torch.int32)
+def used(rows: int, parts: Sequence[Tensor]) -> Tensor:
+    """Bool (rows,): those of so many rows that a part has."""
+    found = torch.zeros(rows, dtype=torch.bool, device="cpu")
+    for mine in parts if rows else ():
+        found[mine.long()] = True
+    return found
+
+
+def unused(rows: int, parts: Sequence[Tensor]) -> Tensor:
+    """int32: those of so many rows that no part has."""
+    return (~used(rows, parts)).nonzero()[:, 0].to(torch.int32)
+
+
+def joined(settled: Tensor, home: Tensor | None) -> tuple[tuple[int, int], Tensor]:
+    """The range of rows to which something is to be added, or of which nothing is settled, and the table for them.
+
+    Args:
+        settled: bool (rows,): those that hold something already.
+        home: int32 (rows, n): what is to be added to each.
+
+    Returns:
+        The range, and int32 (its rows, 1 + n): the row itself, counted from the range's first, where it is settled,
+        and what is added, counted from the range's end on.
+    """
+    none = torch.empty(settled.numel(), 0, dtype=torch.int32, device="cpu")
+    home = none if home is None else home
+    rows = (~settled | (home >= 0).any(1)).nonzero()[:, 0]
+    first, end = (int(rows[0]), int(rows[-1]) + 1) if rows.numel() else (0, 0)
+    here = torch.arange(end - first, dtype=torch.int32, device="cpu")
+    own = torch.where(settled[first:end], here, -1)
+    return (first, end), torch.cat([own[:, None], *shifted(home[first:end], end - first)], 1)
 
 
 def are_apart(ranges: Sequence[tuple[int, int]]) -> bool:

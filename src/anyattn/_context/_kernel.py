@@ -46,6 +46,17 @@ class Terms(NamedTuple):
     """For dropout."""
 
 
+class Places(NamedTuple):
+    """Where a caller would have gradients."""
+
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+
+
+NOWHERE = Places()
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """One call of a plan, with what it asks; ``run`` and ``run_backward`` take slices of this rank's tensors."""
@@ -104,14 +115,14 @@ class Kernel:
         saved: Saved,
         dout: Tensor,
         dlse: Tensor | None,
-        place: Tensor | None = None,
+        places: Places = NOWHERE,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(dq, dk, dv, dbias) from the final out and lse, by what forward ran; dq in ``place``, or elsewhere."""
+        """(dq, dk, dv, dbias) from the final out and lse, by what forward ran; in ``places``, or elsewhere."""
         q, k, v = self._shaped(q), self._shaped(k), self._shaped(v)
         x, bias = self._inputs(terms)
         call = _core.make_call(p, q, k, v, None, bias, x)
-        if place is not None and self.keys is None and p.dims is None:
-            call = call._replace(dq=place)
+        if places is not NOWHERE and self.keys is None and p.dims is None:
+            call = call._replace(dq=places.dq, dk=places.dk, dv=places.dv)
         if self.keys is not None:
             saved = saved._replace(out=saved.out[None], lse=saved.lse[None])
             dlse = None if dlse is None else dlse[None]

@@ -25,7 +25,8 @@ def sum_rows(out: Tensor, sources: Sequence[Tensor], table: Tensor, base: Tensor
 
     ``out`` is (n, heads, dim) and each of the one to four ``sources`` (m, heads, dim), of one dtype, which need not be
     out's. Each head is one run of memory; rows and heads may lie apart. Rows of another number of dims, (n, ...), are
-    one run. ``base``, shaped as out, is added first; it may be out itself. Otherwise out overlaps no input.
+    one run. ``base``, shaped as out, is added first; it may be out itself. So may the first source, if no row names
+    another row of it than itself. Otherwise out overlaps no input.
 
     Sums are made in float32 (float64 for a float64 out), column after column, and rounded once, so they are
     repeatable. One column without a base is a plain copy, of any dtype.
@@ -160,7 +161,8 @@ def _copy(out: Tensor, sources: Sequence[Tensor], column: Tensor) -> None:
 
 def _add(out: Tensor, sources: Sequence[Tensor], table: Tensor, base: Tensor | None) -> None:
     wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-    total = out if out.dtype == wide else torch.empty(out.shape, dtype=wide, device=out.device)
+    itself = out.dtype == wide and sources[0].data_ptr() != out.data_ptr()
+    total = out if itself else torch.empty(out.shape, dtype=wide, device=out.device)
     if base is None:
         total.zero_()
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,8 +83,16 @@ class Tables:
     """int32 (n,): query rows of no call, if so."""
     out: Tensor
     """int32 (rows_q, 1): per query row, where it lies among the parts of all calls, if exclusive."""
+    apart_k: bool
+    """The local calls' key rows do not interleave either, and at most one stage's gradients come back."""
+    hull: tuple[int, int]
+    """The range of key rows, if so, that local calls alone do not settle."""
+    join: Tensor
+    """int32 (rows of it, n): per row, itself where a local call has written it, and then, after so many, what comes
+    back."""
     own: Tensor
-    """int32 (rows_k, n): per own key row, its gradient among the local stage's calls' key rows."""
+    """int32 (rows_k, n): per own key row, its gradient among the local stage's calls' key rows. Like the next one, of
+    no columns if ``apart_k``."""
     own_and_home: Tensor
     """int32 (rows_k, n): the same, after the rows that come back, where one stage's do."""
     padding: Tensor
@@ -135,17 +143,10 @@ def build(data: PlanData, device: torch.device, *, alibi: bool, dense: bool) -> 
     )
     stages = tuple(_stage(s, frame, up) for s in plan.stages)
     calls = [c for s in stages for c in s.calls]
-    local = [s for s in stages if s.stage.local]
-    remote = [s for s in stages if not s.stage.local]
     fixed = data.capacity is not None
-    own = _indices.table(rows_k, [_key_rows(c) for s in local for c in s.calls], _sizes_k(local), fixed=fixed)
-    both = (
-        [remote[0].home, *_indices.shifted(own, remote[0].send.shape[0] + remote[0].kept.shape[0])]
-        if len(remote) == 1
-        else []
-    )
     order_q, order_k = (_indices.order(runs, rows) for runs, rows in zip(data.order, (rows_q, rows_k), strict=True))
     apart = plan.exclusive and not fixed and _indices.are_apart([c.q for c in calls])
+    ours = _of_own_keys(stages, rows_k, plan.exclusive, fixed)
     made = Tables(
         stages,
         plan.exclusive,
@@ -159,8 +160,11 @@ def build(data: PlanData, device: torch.device, *, alibi: bool, dense: bool) -> 
                 rows_q, [c.rows for c in calls], [c.q[1] - c.q[0] for c in calls], [c.part_rows for c in calls]
             )[:, :1]
         ),
-        up.add(own),
-        up.add(torch.cat(both, 1)) if both else own[:, :0],
+        ours.apart,
+        ours.hull,
+        up.add(ours.join),
+        up.add(ours.own),
+        up.add(ours.both),
         up.add(_indices.padding(queries, data.rank // data.topology.heads)),
         None if order_q is None else (up.add(order_q[0]), up.add(order_q[1])),
         None if order_k is None else (up.add(order_k[0]), up.add(order_k[1])),
@@ -168,6 +172,32 @@ def build(data: PlanData, device: torch.device, *, alibi: bool, dense: bool) -> 
     )
     made, tensors = up.moved(made, device)
     return replace(made, tensors=tensors)
+
+
+class _OwnKeys(NamedTuple):
+    """Tables of what this rank's own keys get; those that are not used are empty."""
+
+    apart: bool
+    hull: tuple[int, int]
+    join: Tensor
+    own: Tensor
+    both: Tensor
+
+
+def _of_own_keys(stages: Sequence[StageTables], rows: int, exclusive: bool, fixed: bool) -> _OwnKeys:
+    none = torch.empty(rows, 0, dtype=torch.int32, device="cpu")
+    calls = [c for s in stages if s.stage.local for c in s.calls]
+    remote = [s for s in stages if not s.stage.local]
+    used, ranges = [_key_rows(c) for c in calls], [c.k for c in calls]
+    if exclusive and not fixed and len(remote) <= 1 and _indices.are_apart(ranges):
+        settled = _indices.used(rows, used)
+        return _OwnKeys(True, *_indices.joined(settled, remote[0].home if remote else None), none, none)
+    own = _indices.table(rows, used, ranges, fixed=fixed)
+    if len(remote) != 1:
+        return _OwnKeys(False, (0, 0), none, own, none)
+    back = remote[0].send.shape[0] + remote[0].kept.shape[0]
+    both = torch.cat([remote[0].home, *_indices.shifted(own, back)], 1)
+    return _OwnKeys(False, (0, 0), none, own, both)
 
 
 def refill(tables: Tables, other: Tables) -> None:
@@ -333,7 +363,3 @@ def _packing(runs: Sequence[Run], rows: int, sanitize: bool, capacity: Capacity 
 def _key_rows(call: CallTables) -> Tensor:
     """The rows of the key buffer that a call uses."""
     return _indices.expand(Run(e.k, e.len_k) for e in call.call.entries)
-
-
-def _sizes_k(stages: Sequence[StageTables]) -> list[tuple[int, int]]:
-    return [c.k for s in stages for c in s.calls]

@@ -308,7 +308,8 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     assert _raw_backward is not None
     q, k, v = _fit(call.q), _fit(call.k), _fit(call.v)
     dq = torch.empty_like(q) if call.dq is None else call.dq
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    dk = torch.empty_like(k) if call.dk is None else call.dk
+    dv = torch.empty_like(v) if call.dv is None else call.dv
     _raw_backward.call(
         _fit(dout), q, k, v, _fit(saved.out), saved.lse, dq, dk, dv, *_lengths(call), *_numbers(call),
         call.spec.deterministic,
