@@ -17,7 +17,8 @@ from torch import Tensor
 
 import anyattn
 import context_ranks
-from anyattn._context import _door
+from anyattn._context import _door, _estimate
+from anyattn._context._exchange import exchange
 from context_cases import ContextCase, build
 from context_pool import Seat
 
@@ -181,6 +182,17 @@ def refilled_too_early(seat: Seat, comm: str, capacity: Capacity) -> tuple[str |
     except (RuntimeError, anyattn.ContextError) as error:
         return type(error).__name__, "none"
     return None, "right" if torch.equal(found, wanted) else "wrong"
+
+
+def keeping(seat: Seat, case: ContextCase, share: float) -> tuple[context_ranks.Found, int, int]:
+    """A case where keys are kept for backward up to a share, and how often keys and gradients of keys travelled."""
+    with (
+        mock.patch.multiple(_door, LEAST=0.0),
+        mock.patch.multiple(_estimate, KEPT=share),
+        mock.patch("anyattn._context._schedule.exchange", wraps=exchange) as keys,
+        mock.patch("anyattn._context._backward.exchange", wraps=exchange) as gradients,
+    ):
+        return context_ranks.run(seat, case), keys.call_count, gradients.call_count
 
 
 def in_groups(seat: Seat, case: ContextCase) -> tuple[context_ranks.Found, int]:

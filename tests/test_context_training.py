@@ -355,3 +355,20 @@ def test_heads_travel_in_groups(pool: context_pool.Pool, scheme: str, feature: s
     if scheme in ("p2p", "all_gather") and feature in ("causal", "full", "zigzag"):
         assert groups == {4}
     judge(case, [f for f, _ in found])
+
+
+# --- keys that are kept --------------------------------------------------------------------------------------------
+
+KEPT = {name: GROUPED[name] for name in ("causal", "window", "batch", "few", "bias")}
+
+
+@pytest.mark.parametrize(("scheme", "feature"), [(s, f) for s, f in possible(KEPT) if s in ("p2p", "all_gather")])
+def test_keys_that_are_kept_do_not_travel_again(pool: context_pool.Pool, scheme: str, feature: str) -> None:
+    """Few fetched keys stay for backward, many are fetched again; alike on all ranks, and right both ways."""
+    case = ContextCase(**{**SCHEMES[scheme], "heads": "16/8", **KEPT[feature]})
+    for share, times in ((1e9, 1), (0.0, 2)):
+        found = values(pool.run(case.group, calls.keeping, case, share))
+        ((keys, gradients),) = {(k, g) for _, k, g in found}
+        assert keys == times * gradients
+        assert gradients > 0 or feature == "few"
+        judge(case, [f for f, _, _ in found])

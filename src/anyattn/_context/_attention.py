@@ -50,11 +50,11 @@ class ContextAttention(torch.autograd.Function):
         part, out, lse = (_whole if run.heads is None else _by_heads)(run, q, k, v, sink, bias)
         ctx.set_materialize_grads(False)
         ctx.run, terms = run, run.terms
-        kept = part.q, part.k, part.v, part.answer.out, part.answer.lse, *part.answer.rngs
+        kept = part.q, part.k, part.v, part.answer.out, part.answer.lse, *part.answer.keys, *part.answer.rngs
         ctx.like = tuple((x.shape, x.dtype) for x in (q, k, v))
         # A table of the plan is saved too, so that refilling it before backward is an error and not a wrong gradient.
         ctx.save_for_backward(sink, bias, terms.alibi, terms.mask, run.job.tables.padding, *kept)
-        ctx.kernels = part.answer.kernels
+        ctx.kernels, ctx.buffers = part.answer.kernels, len(part.answer.keys)
         return out, lse.float() if run.return_lse and lse is not None else None
 
     @staticmethod
@@ -82,7 +82,7 @@ def _with_sink(answer: Answer, sink: Tensor | None, padding: Tensor) -> Answer:
     if sink is None:
         return answer
     out, lse = _core.apply_sink(answer.out, answer.lse, sink)
-    return Answer(out, lse.masked_fill_(padding.bool(), _schedule.NEG_INF), answer.rngs, answer.kernels)
+    return answer._replace(out=out, lse=lse.masked_fill_(padding.bool(), _schedule.NEG_INF))
 
 
 # --- one rank has all heads ---
@@ -155,8 +155,9 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tens
     """The work of backward."""
     run: Run = ctx.run
     sink, bias, alibi, mask, _, *kept = saved
-    q, k, v, out, lse, *rngs = kept
-    part = _Part(q, k, v, Answer(out, lse, tuple(rngs), ctx.kernels))
+    q, k, v, out, lse, *more = kept
+    keys, rngs = tuple(more[: ctx.buffers]), tuple(more[ctx.buffers :])
+    part = _Part(q, k, v, Answer(out, lse, rngs, ctx.kernels, keys))
     dsink = torch.zeros_like(sink, dtype=_wide(sink)) if sink is not None and ctx.needs_input_grad[4] else None
     if dlse is not None:
         dlse = dlse.to(_wide(q))

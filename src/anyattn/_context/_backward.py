@@ -1,7 +1,7 @@
 """Backward of a plan's stages. out and lse are the final ones, so each kernel call only adds.
 
-Keys are fetched again. What a unit owes to other ranks sets out as soon as it is known, and arrives while the next unit
-computes; the local stage comes last. Sums are made in float32, and rounded once.
+Keys are fetched again, unless forward kept them. What a unit owes to other ranks sets out as soon as it is known, and
+arrives while the next unit computes; the local stage comes last. Sums are made in float32, and rounded once.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def backward(job: Job, x: Given) -> Gradients:
             *kernel_of(job, call).run_backward(x.answer.kernels[0], x.q, x.k, x.v, mine, saved, x.dout, x.dlse)
         )
     work = _Gathered(job, x) if tables.exclusive else _Merged(job, x)
-    for unit, keys, values in with_keys(job, units_of(job, x.q, x.k, backward=True), x.k, x.v):
+    for unit, keys, values in with_keys(job, units_of(job, x.q, x.k, backward=True), x.k, x.v, x.answer.keys):
         (work.local if unit.local else work.remote)(unit, keys, values)
         del keys, values
     return work.result()

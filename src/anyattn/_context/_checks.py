@@ -29,6 +29,7 @@ class Asked(NamedTuple):
     backend: Any
     deterministic: Any
     return_lse: bool
+    num_splits: int = 1
 
 
 def checked(t: Tensors, asked: Asked, plan: ContextPlan) -> Sizes:
@@ -119,7 +120,7 @@ def request_of(t: Tensors, asked: Asked, plan: ContextPlan) -> Request:
         describe_optional(t.sink, grad), describe_optional(t.alibi_slopes, grad), None, None, asked.dropout,
         asked.layout, rows if packed else None, rows if packed else None, "any",
         asked.backend, _select.default_preference(), asked.deterministic, torch.are_deterministic_algorithms_enabled(),
-        asked.return_lse, autocast_dtype(q.device.type), _environment.flash_override(),
+        asked.return_lse, autocast_dtype(q.device.type), _environment.flash_override(), asked.num_splits,
     )  # fmt: skip
 
 

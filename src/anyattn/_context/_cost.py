@@ -112,6 +112,7 @@ def of_rank(
     *,
     members: int = 1,
     keys: Layout | None = None,
+    keep: bool = False,
 ) -> Estimate:
     """Estimate for one rank from the very calls and rows of its stages.
 
@@ -125,6 +126,7 @@ def of_rank(
         gpu: the figures.
         members: neighbouring ranks that share heads.
         keys: their layout, where it is not the queries'.
+        keep: fetched keys are kept for backward.
     """
     unit = rank // members
     steps = [_step(stage, unit) for stage in plan.stages]
@@ -142,7 +144,7 @@ def of_rank(
         peers=peers,
         calls=sum(step.calls for step in steps) - (peers if ring else 0),
     )
-    cost = scheduled([load], ring, heads_of(shape, members), shape, gpu)
+    cost = scheduled([load], ring, heads_of(shape, members), shape, gpu, keep=keep)
     cost = combined(cost, exchanged(layout, members, shape, gpu, keys))
     areas = sum(_area(call) for stage in plan.stages for call in stage.calls)
     lengths_k = layout.lengths if keys is None else keys.lengths

@@ -15,6 +15,7 @@ from anyattn._context import _cost, _kernel, _schedule, _tables
 from anyattn._context._agreement import OthersFailed
 from anyattn._context._attention import ContextAttention, Run
 from anyattn._context._checks import Asked, checked, is_known, request_of
+from anyattn._context._estimate import are_kept
 from anyattn._context._exchange import head_start_of
 from anyattn._context._heads import HeadExchange, HeadShares
 from anyattn._context._kernel import Options, Terms
@@ -278,6 +279,7 @@ def _run(
         grad and t.bias is not None and t.bias.requires_grad,
         needs and asked.return_lse,
         _environment.flash_override(),
+        asked.num_splits,
     )
     shape = data.topology
     groups = (plan._members.groups if plan._members is not None else None) or (None, None)
@@ -285,11 +287,13 @@ def _run(
     heads = None
     if shape.heads > 1:
         heads = HeadExchange(HeadShares(shape.heads, q.shape[2], k.shape[2]), groups[-1])
-    job = Job(tables, options, sequence_group, _groups(plan, batch, q, k, v) if heads is None else 1, dense=dense)
+    keep = needs and heads is None and not alibi and _may_keep(plan, q, k, v)
+    job = Job(
+        tables, options, sequence_group, _groups(plan, batch, q, k, v) if heads is None else 1, keep=keep, dense=dense
+    )
     if _seconds(plan, batch, q, v) > LEAST:
-        job = replace(
-            job, halves=heads is None and k.shape[2] % 2 == 0, head_start=head_start_of(sequence_group, q.device)
-        )
+        halves = heads is None and not keep and k.shape[2] % 2 == 0
+        job = replace(job, halves=halves, head_start=head_start_of(sequence_group, q.device))
     slopes = None if t.alibi_slopes is None else t.alibi_slopes.detach()
     assert t.mask is None or isinstance(t.mask, Tensor)
     terms = Terms(slopes, t.bias, t.mask, seed)
@@ -317,6 +321,16 @@ def _groups(plan: ContextPlan, batch: int, q: Tensor, k: Tensor, v: Tensor) -> i
     share = plan._travelling * _seconds(plan, batch, q, v)
     stages = data.topology.sequence if data.is_ring else 1
     return gcd(k.shape[2], 4 if share > 8 * LEAST * stages * 4 else 2 if share > 4 * LEAST * stages else 1)
+
+
+def _may_keep(plan: ContextPlan, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether keys that arrive in forward may stay for backward: where they are few; alike on all ranks."""
+    data = plan._data
+    if data.topology.sequence == 1 or data.capacity is not None:
+        return False
+    queries, keys = data.inner
+    heads, dims = (q.shape[2], k.shape[2]), k.shape[3] + v.shape[3]
+    return are_kept(plan._most_fetched, (queries.rows, keys.rows), heads, dims)
 
 
 def _seed(asked: Asked, rank: int) -> int | None:

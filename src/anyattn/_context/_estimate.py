@@ -13,6 +13,7 @@ from typing import NamedTuple
 from anyattn._context._data import Comm, Layout, Mask, Shape
 from anyattn._context._gpu import Gpu
 from anyattn._context._loads import Load, imbalance, loads
+from anyattn._context._scene import most_fetched
 
 MERGE_BYTES = 10
 """Device memory traffic per element of out that a merge of two partial results touches."""
@@ -60,6 +61,23 @@ def is_ring(comm: Comm, mask: Mask) -> bool:
     return comm in ("p2p", "a2a+p2p") and mask.left is None and not mask.right
 
 
+#: Key buffers are kept for backward up to this part of what autograd keeps of a rank's own rows.
+KEPT = 1 / 3
+
+
+def are_kept(fetched: int, rows: tuple[int, int], heads: tuple[int, int], dims: int) -> bool:
+    """Whether backward finds the keys that forward fetched; alike on all ranks.
+
+    Args:
+        fetched: rows of the largest key buffers among the ranks.
+        rows: of a rank's queries and keys.
+        heads: of queries and keys.
+        dims: head_dim and head_dim_v together.
+    """
+    own = sum(n * h for n, h in zip(rows, heads, strict=True)) * dims
+    return fetched * heads[1] * dims <= KEPT * own
+
+
 def quick(
     layout: Layout,
     mask: Mask,
@@ -96,13 +114,19 @@ def timed(
 ) -> Cost:
     """Seconds and bytes of :func:`quick`; arguments as there."""
     members = sharers(comm, layout.ranks, members)
-    fullest = _fullest(layout, members), _fullest(layout if keys is None else keys, members)
-    return weighed(loads(layout, mask, members, keys), fullest, members, comm, mask, shape, gpu)
+    others = layout if keys is None else keys
+    fullest = _fullest(layout, members), _fullest(others, members)
+    keep = members == 1 and are_kept(
+        most_fetched(layout, others, mask), (layout.rows, others.rows), (shape.num_heads, shape.num_kv_heads),
+        shape.head_dim + shape.head_dim_v,
+    )  # fmt: skip
+    return weighed(loads(layout, mask, members, keys), fullest, members, comm, mask, shape, gpu, keep=keep)
 
 
 def weighed(
-    units: Sequence[Load], fullest: tuple[int, int], members: int, comm: Comm, mask: Mask, shape: Shape, gpu: Gpu
-) -> Cost:
+    units: Sequence[Load], fullest: tuple[int, int], members: int, comm: Comm, mask: Mask, shape: Shape, gpu: Gpu,
+    *, keep: bool = False,
+) -> Cost:  # fmt: skip
     """Seconds and bytes from what each unit computes and receives.
 
     Args:
@@ -113,8 +137,9 @@ def weighed(
         mask: which keys a query sees.
         shape: heads and dims.
         gpu: the figures.
+        keep: keys are kept for backward.
     """
-    found = scheduled(units, is_ring(comm, mask), heads_of(shape, members), shape, gpu)
+    found = scheduled(units, is_ring(comm, mask), heads_of(shape, members), shape, gpu, keep=keep)
     return combined(found, _exchanged(*fullest, members, shape, gpu))
 
 
@@ -132,17 +157,17 @@ class Cost(NamedTuple):
     groups: int = 1
 
 
-def scheduled(units: Sequence[Load], ring: bool, heads: Heads, shape: Shape, gpu: Gpu) -> Cost:
-    """What attention over the units costs, heads being exchanged already."""
+def scheduled(units: Sequence[Load], ring: bool, heads: Heads, shape: Shape, gpu: Gpu, *, keep: bool = False) -> Cost:
+    """What attention over the units costs, heads being exchanged already; ``keep``: keys are kept for backward."""
     row = heads.key * (shape.head_dim + shape.head_dim_v) * shape.itemsize
     received = max(unit.received for unit in units)
     calls = max(unit.calls + (unit.peers if ring else 0) for unit in units)
-    moved = received * row, max(unit.received + unit.sent for unit in units) * row
+    moved = received * row, max((0 if keep else unit.received) + unit.sent for unit in units) * row
     groups = [1] if ring or not received else [g for g in (1, 2, 4, 8) if heads.key % g == 0]
     schedule = _ring if ring else _gather
     costs = []
     for g in groups:
-        forward, backward = schedule(units, g, row, heads, shape, gpu)
+        forward, backward = schedule(units, g, row, heads, shape, gpu, keep)
         host = calls * g * gpu.call
         costs.append(Cost(max(forward, host), max(backward, host), *moved, calls * g, g))
     return min(costs, key=lambda cost: cost.forward + cost.backward)
@@ -169,12 +194,14 @@ def _beside(compute: float, moving: float, gpu: Gpu) -> float:
     return max(compute, moving) + gpu.contention * min(compute, moving)
 
 
-def _gather(units: Sequence[Load], groups: int, row: int, heads: Heads, shape: Shape, gpu: Gpu) -> tuple[float, float]:
+def _gather(
+    units: Sequence[Load], groups: int, row: int, heads: Heads, shape: Shape, gpu: Gpu, keep: bool
+) -> tuple[float, float]:
     """Keys of one head group arrive while another's are computed; what needs none of them runs first, or last."""
     rows = max(max(unit.received, unit.sent) for unit in units)
     moving = gpu.seconds(gpu.all_gather, rows * row / groups)
     times = []
-    for seconds, ways in zip(_pair_seconds(heads, shape, gpu), (1, 2), strict=True):
+    for seconds, ways in zip(_pair_seconds(heads, shape, gpu), (1, 1 if keep else 2), strict=True):
         slowest = 0.0
         for unit in units:
             near, far = unit.whole * seconds, unit.cut * seconds / gpu.gathered / groups
@@ -185,18 +212,20 @@ def _gather(units: Sequence[Load], groups: int, row: int, heads: Heads, shape: S
     return times[0], times[1]
 
 
-def _ring(units: Sequence[Load], groups: int, row: int, heads: Heads, shape: Shape, gpu: Gpu) -> tuple[float, float]:
+def _ring(
+    units: Sequence[Load], groups: int, row: int, heads: Heads, shape: Shape, gpu: Gpu, keep: bool
+) -> tuple[float, float]:
     """Keys of one unit arrive while another's are computed; own keys first, in backward last."""
     steps = max(unit.peers for unit in units)
-    times = []
-    for seconds, ways in zip(_pair_seconds(heads, shape, gpu), (1, 2), strict=True):
+    times: list[float] = []
+    for seconds, ways in zip(_pair_seconds(heads, shape, gpu), (1, 1 if keep else 2), strict=True):
         slowest = 0.0
         for unit in units:
             stages = max(1, unit.peers)
             moving = gpu.seconds(gpu.ring, max(unit.received, unit.sent) * row / stages)
             near = (unit.whole + unit.cut * unit.here / gpu.circled) * seconds
             far = unit.cut * (1 - unit.here) / gpu.circled * seconds / stages
-            if ways == 1:
+            if not times:  # forward
                 far += unit.merged * heads.query * shape.head_dim_v * MERGE_BYTES / gpu.memory
             first = moving if ways == 2 else 0.0
             middle = (stages - 1) * _beside(far, ways * moving, gpu) + (steps - unit.peers) * gpu.exchange

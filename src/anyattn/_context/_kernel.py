@@ -31,6 +31,7 @@ class Options(NamedTuple):
     lse_grad: bool
     """A gradient may reach lse."""
     flash_override: str | None
+    num_splits: int = 1
 
 
 class Terms(NamedTuple):
@@ -197,6 +198,7 @@ class Kernel:
             o.lse_grad or not o.grad,
             None,
             o.flash_override,
+            o.num_splits,
         )
 
 

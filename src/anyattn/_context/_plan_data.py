@@ -8,6 +8,8 @@ from functools import cached_property
 
 from anyattn._context import _geometry, _stages, _static
 from anyattn._context._data import Capacity, Comm, Layout, Mask, Piece, Placement, RankPlan, Run, Shape
+from anyattn._context._estimate import are_kept
+from anyattn._context._scene import most_fetched
 from anyattn._context._topology import Topology
 from anyattn._errors import ContextError
 
@@ -135,6 +137,18 @@ class PlanData:
             size = _geometry.area(self.mask, length, self.keys.lengths[document], 0, length)
             total, cut = total + size, cut + (size if holders > 1 else 0)
         return total / self.topology.world, cut / total if total else 0.0
+
+    def most_fetched(self) -> int:
+        """Rows of the largest key buffers among the ranks."""
+        return most_fetched(*self.inner, self.mask)
+
+    def keeps(self) -> bool:
+        """Whether fetched keys are kept for backward, for tensors of the shape that the plan was given."""
+        if self.capacity is not None or self.topology.heads > 1 or self.topology.sequence == 1:
+            return False
+        shape, (queries, keys) = self.shape, self.inner
+        heads, dims = (shape.num_heads, shape.num_kv_heads), shape.head_dim + shape.head_dim_v
+        return are_kept(self.most_fetched(), (queries.rows, keys.rows), heads, dims)
 
     def fingerprint(self) -> dict[str, int]:
         """A number for each field that all ranks must agree about."""

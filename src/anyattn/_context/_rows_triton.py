@@ -158,6 +158,8 @@ def sum_rows(
     if all(map(is_run, tensors)):
         heads, dim = 1, out.numel() // out.shape[0]
     else:
+        if out.ndim != 3:
+            check()  # says what is wrong
         heads, dim = out.shape[1:]
 
     def with_strides(x: Tensor | None) -> tuple[Tensor | None, int, int]:

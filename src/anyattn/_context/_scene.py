@@ -191,3 +191,13 @@ def scene_of(queries: Layout, keys: Layout, mask: Mask) -> Scene:
     assert queries.ranks == keys.ranks
     assert len(queries.lengths) == len(keys.lengths)
     return Scene(mask, queries.lengths, keys.lengths, index(queries), index(keys))
+
+
+def most_fetched(queries: Layout, keys: Layout, mask: Mask) -> int:
+    """Rows of the key buffers of the rank that has the most, in one forward of a scheme that divides no heads."""
+    scene = scene_of(queries, keys, mask)
+    most = 0
+    for rank, shard in enumerate(scene.q.shards):
+        cut = (d for d in shard if scene.k.holders.get(d) != [rank])
+        most = max(most, sum(end - begin for d in cut for begin, end in scene.fetched(rank, d)))
+    return most

@@ -37,6 +37,8 @@ class Job:
     """Where results are not merged, the local stage is computed in two parts: what travels has both to hide behind."""
     head_start: int = 0
     """Cycles by which what travels is let begin before a kernel fills the GPU."""
+    keep: bool = False
+    """What arrives in forward is kept for backward, which then fetches nothing."""
     dense: bool = False
     """Terms over (seq_q, seq_k): every call has 4-D tensors."""
 
@@ -72,6 +74,8 @@ class Answer(NamedTuple):
     """Per kernel call, in order: what backward needs to repeat dropout."""
     kernels: tuple[Prepared, ...]
     """Per kernel call: what ran, and what backward runs too."""
+    keys: tuple[Tensor, ...] = ()
+    """Keys and values of each remote unit, one after the other, where they are kept."""
 
 
 def _split(heads: int, groups: int) -> list[slice]:
@@ -90,7 +94,8 @@ def units_of(job: Job, q: Tensor, k: Tensor, *, backward: bool = False) -> list[
 
     Where results are merged, a group of heads runs through all stages before the next one: accumulators in float32 are
     then needed for one group only. Elsewhere the local stage takes all heads at once, or in two parts: in backward,
-    keys arrive during the one, and the last group's gradients travel during the other.
+    keys arrive during the one, and the last group's gradients travel during the other. Where keys are kept, all of it
+    has gradients to hide.
     """
     groups = list(enumerate(head_groups(job, q, k)))
     local, remote = job.tables.local, job.tables.remote
@@ -107,7 +112,7 @@ def units_of(job: Job, q: Tensor, k: Tensor, *, backward: bool = False) -> list[
         return units
     if job.tables.exclusive:
         own, theirs = [u for u in units if u.local], [u for u in units if not u.local]
-        early = len(own) - 1
+        early = 0 if job.keep else len(own) - 1
         return own[:early] + theirs + own[early:]
     return [u for i, _ in groups for local in (False, True) for u in units if u.group == i and u.local == local]
 
@@ -174,8 +179,21 @@ def _keys(unit: Unit, arrival: Arrival, k: Tensor, v: Tensor) -> tuple[Tensor, T
     return keys, values
 
 
-def with_keys(job: Job, units: list[Unit], k: Tensor, v: Tensor) -> Iterator[tuple[Unit, Tensor, Tensor]]:
-    """Units with their key buffers. The first remote unit's keys set out at once, the next one's before one is used."""
+def with_keys(
+    job: Job, units: list[Unit], k: Tensor, v: Tensor, kept: tuple[Tensor, ...] = ()
+) -> Iterator[tuple[Unit, Tensor, Tensor]]:
+    """Units with their key buffers. The first remote unit's keys set out at once, the next one's before one is used.
+
+    Where they were ``kept``, in the order of remote units, which is that of both directions, nothing travels.
+    """
+    if kept:
+        buffers = iter(kept)
+        for unit in units:
+            if unit.local:
+                yield unit, k[:, unit.heads.k], v[:, unit.heads.k]
+            else:
+                yield unit, next(buffers), next(buffers)
+        return
     waiting = [u for u in units if not u.local][::-1]
     arrival = _fetch(job, waiting.pop(), k, v) if waiting else None
     for unit in units:
@@ -221,10 +239,13 @@ def forward(job: Job, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Answer:
         return Answer(out, lse, (rng,), (p,))
     into = _Sums(job, q, v) if not tables.exclusive else _InPlace(job, q, v) if tables.apart else _Parts(job, q, k, v)
     ran: list[tuple[Tensor | None, Prepared]] = []
+    kept: list[Tensor] = []
     for unit, keys, values in with_keys(job, units_of(job, q, k), k, v):
         _compute(job, unit, q, keys, values, terms, into, ran)
+        if job.keep and not unit.local:
+            kept += keys, values
         del keys, values
-    return Answer(*into.result(), tuple(rng for rng, _ in ran), tuple(p for _, p in ran))
+    return Answer(*into.result(), tuple(rng for rng, _ in ran), tuple(p for _, p in ran), tuple(kept))
 
 
 def _compute(

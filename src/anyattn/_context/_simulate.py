@@ -49,8 +49,9 @@ def facts_of(data: PlanData, rank: int, gpu: Gpu) -> RankFacts:
     stages = data.stages_of(rank, alibi=alibi)
     comm: Comm = "all_gather" if alibi else data.comm  # positions matter: keys lie in global order under every scheme
     cost = _cost.of_rank(
-        stages, rank, data.queries, data.mask, comm, data.shape, gpu, members=data.topology.heads, keys=_keys(data)
-    )
+        stages, rank, data.queries, data.mask, comm, data.shape, gpu, members=data.topology.heads, keys=_keys(data),
+        keep=not alibi and data.keeps(),
+    )  # fmt: skip
     active = sum(1 for s in stages.stages if s.calls or any(s.receive) or any(s.send))
     calls = sum(len(s.calls) for s in stages.stages)
     tokens = sum(p.end - p.begin for p in data.queries.pieces[rank])
