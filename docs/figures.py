@@ -233,15 +233,13 @@ def context() -> str:
         links.append(f"[file](../benchmarks/results/{path.name})")
         for row in content["rows"]:
             if found := _CONTEXT.match(row["name"]):
-                cells[found["case"], found["scheme"]] = f"{row['ours']:.0f} ({ratio(row)})"
+                way = f"`{found['scheme']}`, {found['kernel']}"
+                cells.setdefault((found["case"], way), f"{row['ours']:.0f} ({ratio(row)})")
             elif found := _PEER.match(row["name"]):
-                cells[found["case"], found["peer"]] = f"{row['ours']:.0f} ({ratio(row)})"
-    cases = list(dict.fromkeys(case for case, _ in cells))
-    ways = list(dict.fromkeys(way for _, way in cells))
-    rows = [
-        ("", *cases),
-        *((f"`{way}`" if way in SCHEMES else way, *(cells.get((c, way), "") for c in cases)) for way in ways),
-    ]
+                cells.setdefault((found["case"], found["peer"]), f"{row['ours']:.0f} ({ratio(row)})")
+    cases = [case for case in ("32k", "128k", "packed 64k", "window 4k, 128k") if case in {c for c, _ in cells}]
+    ways = sorted({way for _, way in cells}, key=_order_of)
+    rows = [("", *cases), *((way, *(cells.get((c, way), "") for c in cases)) for way in ways)]
     machine = measured[0][1]["machine"]
     head = (
         f"Forward and backward on {machine['ranks']} {machine['gpu']}, torch {machine['torch'].partition('+')[0]}, "
@@ -252,3 +250,10 @@ def context() -> str:
 
 
 SCHEMES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+
+
+def _order_of(way: str) -> tuple[bool, str, int, str]:
+    """Ours first, by kernel and scheme."""
+    scheme, _, kernel = way.partition(", ")
+    ours = scheme.strip("`") in SCHEMES
+    return not ours, kernel if ours else "", SCHEMES.index(scheme.strip("`")) if ours else 0, way

@@ -175,5 +175,7 @@ def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     torch (2.11) keeps a built backward by the strides of q, k and v alone, and reads out and its gradient as they were
     laid out when it was built: in q's order, as its forward does. In another order dq and dk are silently wrong.
     """
+    if x.is_contiguous() and like.is_contiguous():
+        return x
     order = [*sorted(range(x.ndim - 1), key=like.stride, reverse=True), x.ndim - 1]
     return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.ndim)])
