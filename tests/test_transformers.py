@@ -9,6 +9,7 @@ import anyattn
 from anyattn.integrations import _transformers_call as integration
 from anyattn.integrations import _transformers_masks as masks
 from anyattn.integrations import _transformers_memory as memory
+from anyattn.integrations import _transformers_said as said
 from transformers_cases import HOLES, LENGTHS, offsets, tokens
 from transformers_cases import MASKS as PADDED
 from transformers_generation import NEW
@@ -129,7 +130,8 @@ def work(monkeypatch):
     """The names of what is worked out, as it happens."""
     calls = []
     for module, name in (
-        (memory, "documents_of"), (masks, "lay_out"), (integration, "lay_out"), (integration, "from_offsets"),
+        (memory, "documents_of"), (masks, "lay_out"), (integration, "lay_out"), (said, "lay_out"),
+        (integration, "from_offsets"),
     ):  # fmt: skip
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k))
@@ -330,7 +332,7 @@ def test_a_mask_that_lost_its_facts_still_counts(name, kind, monkeypatch):
     ours = build(name)
     ids, mask = tokens(3, 10), torch.tensor(MASKS[kind])
     want = ours(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-    monkeypatch.setattr(integration, "facts_of", lambda mask: None)
+    monkeypatch.setattr(said, "facts_of", lambda mask: None)
     torch.testing.assert_close(ours(input_ids=ids, attention_mask=mask).logits[mask.bool()], want, **TOLERANCE)
 
 
@@ -341,7 +343,7 @@ def test_a_mask_that_lost_its_facts_still_counts_in_generation(name, monkeypatch
     ours = build(name)
     ids, mask = tokens(3, 10), torch.tensor(MASKS["left"])
     want = [generate(ours, ids, mask, cache) for cache in (None, "static")]
-    monkeypatch.setattr(integration, "facts_of", lambda mask: None)
+    monkeypatch.setattr(said, "facts_of", lambda mask: None)
     assert all(torch.equal(generate(ours, ids, mask, c), w) for c, w in zip((None, "static"), want, strict=True))
 
 

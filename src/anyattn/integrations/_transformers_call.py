@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anyattn._api import attention
-from anyattn._errors import DtypeError, InvalidArgument, PackingError, ShapeError, Unsupported
-from anyattn._request import is_block_mask
+from anyattn._errors import DtypeError, PackingError, Unsupported
+from anyattn._packing import Packing
 from anyattn.integrations._layout import (
     PLAIN,
     Layout,
@@ -22,16 +22,9 @@ from anyattn.integrations._layout import (
     may_restart,
     traced_offsets,
 )
-from anyattn.integrations._transformers_masks import (
-    CHUNKS,
-    PLAIN_PATTERN,
-    Facts,
-    check_mask,
-    facts_of,
-    note_traced,
-    traced_pattern,
-)
-from anyattn.integrations._transformers_memory import Same, documents_at, once
+from anyattn.integrations._transformers_decoding import SEEN, read_decoding
+from anyattn.integrations._transformers_masks import CHUNKS, PLAIN_PATTERN, Facts, traced_pattern
+from anyattn.integrations._transformers_memory import Same, documents_at, once, watched
 from anyattn.integrations._transformers_packed import (
     Offsets,
     check_covers,
@@ -40,21 +33,14 @@ from anyattn.integrations._transformers_packed import (
     given_packing,
     is_flat,
 )
-from anyattn.integrations._transformers_traced import traced_documents, traced_padding
+from anyattn.integrations._transformers_said import Said, read
+from anyattn.integrations._transformers_settled import OWN, Settled, find, given, keep
+from anyattn.integrations._transformers_traced import traced_documents
 
-
-class Said(NamedTuple):
-    """What one call says, besides queries, keys and values."""
-
-    shape: Shape
-    pattern: Pattern
-    facts: Facts | None
-    """Of a 2-D mask."""
-    whole: Any
-    """A complete mask, or None."""
-    options: dict[str, Any]
-    position_bias: Tensor | None
-    layer: int | None
+without_masks: set[str] = set()
+"""Backends of which no kernel takes a mask tensor; those that are registered by name."""
+packed_only: set[str] = set()
+"""The same of which no kernel takes a batch that is not packed."""
 
 
 def attention_forward(
@@ -98,39 +84,53 @@ def attention_forward(
         (batch, seq_q, num_heads, head_dim_v), and None for the weights, which are never computed.
 
     Raises:
-        Unsupported: ``output_attentions``, or keys in pages.
+        Unsupported: ``output_attentions``, keys in pages, or a mask in a compiled region for a backend without.
         PackingError: sources of packing that disagree, or that do not cover the tokens.
         ShapeError: a mask of another batch size.
     """
     refuse(module, options)
-    said = _said(
-        module, Shape(query.shape[0], query.shape[2], key.shape[2]), attention_mask, is_causal, sliding_window, options,
-        position_bias,
+    (batch, _, queries, _), rows = query.shape, key.shape[2]
+    settled = said = pack_on = None
+    compiling = torch.compiler.is_compiling()
+    if position_bias is None and not compiling:
+        pack_on = query.device if backend.__class__ is str and backend in packed_only else None
+        numbers = batch, queries, rows, is_causal, sliding_window, getattr(module, "is_causal", True), pack_on
+        said = given(numbers, attention_mask, options)
+        settled = find(said, module)
+    if settled is None:
+        shape = Shape(batch, queries, rows)
+        asked = module, shape, attention_mask, is_causal, sliding_window, options, position_bias
+        if said is None:
+            settled = _settle(read(*asked))
+        else:
+            with watched() as used:
+                settled = _in_rows(_settle(read(*asked)), shape, pack_on)
+            keep(said, settled, module, used)
+    causal, window, packing, packing_kv, flat, mask, whole, keys = settled
+    bias = position_bias
+    if whole is not None:
+        mask, bias = _with_whole_mask(attention_mask if whole is OWN else whole, keys, position_bias)
+    if compiling and isinstance(mask, Tensor) and isinstance(backend, str) and backend in without_masks:
+        from anyattn.integrations._transformers_breaking import refuse_mask
+
+        refuse_mask(backend)
+    packing = options.get("packing") if packing is None else packing
+    packing_kv = options.get("packing_kv") if packing_kv is None else packing_kv
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if keys != rows:  # a static cache is longer than what was written to it
+        k, v = k[:, :keys], v[:, :keys]
+    if flat:
+        if bias is not None:
+            raise Unsupported("a position_bias or 4-D mask does not go with several documents per row: pad instead")
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    out = attention(
+        q, k, v, causal=causal, window=window, scale=scaling, softcap=softcap or None, sink=s_aux, bias=bias,
+        mask=mask, dropout=dropout, packing=packing, packing_kv=packing_kv, deterministic=deterministic,
+        backend=backend,
     )  # fmt: skip
-    layout, mask, bias = _settle(said)
-    keys = said.shape.keys
-    q, k, v = (x.transpose(1, 2) for x in (query, key[:, :, :keys], value[:, :, :keys]))
-    complete = mask is not None or (bias is not None and bias is not position_bias)
-    arguments: dict[str, Any] = {
-        "causal": said.pattern.causal and not complete,
-        "window": None if complete else said.pattern.sides(),
-        "scale": scaling,
-        "softcap": softcap or None,
-        "sink": s_aux,
-        "bias": bias,
-        "mask": mask,
-        "dropout": dropout,
-        "packing": layout.packing,
-        "packing_kv": layout.packing_kv,
-        "deterministic": deterministic,
-        "backend": backend,
-    }
-    if not layout.flat:
-        return attention(q, k, v, **arguments), None
-    if bias is not None:
-        raise Unsupported("a position_bias or 4-D mask does not go with several documents per row: pad instead")
-    flat = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), **arguments)
-    return flat.unflatten(0, q.shape[:2]), None
+    if not flat:
+        return out, None
+    return out[None] if batch == 1 else out.unflatten(0, (batch, queries)), None
 
 
 def refuse(module: torch.nn.Module, options: dict[str, Any]) -> None:
@@ -138,112 +138,71 @@ def refuse(module: torch.nn.Module, options: dict[str, Any]) -> None:
     if options.get("cache") is not None or options.get("block_table") is not None:
         raise Unsupported("continuous batching keeps keys in pages, which anyattn does not read: use generate()")
     weights = options.get("output_attentions")
-    if weights or (weights is None and getattr(getattr(module, "config", None), "output_attentions", False)):
+    if weights or (weights is None and _asked_by(getattr(module, "config", None))):
         raise Unsupported(
             "output_attentions: no kernel forms the attention weights; for a model whose weights you want to see, "
             "model.set_attn_implementation('eager'); if the model's config asks for them, pass output_attentions=False"
         )
 
 
-def _said(
-    module: torch.nn.Module,
-    shape: Shape,
-    attention_mask: Any,
-    is_causal: bool | None,
-    sliding_window: int | None,
-    options: dict[str, Any],
-    position_bias: Tensor | None,
-) -> Said:
-    """Everything that a call says, from its arguments, its mask and its module."""
-    layer = getattr(module, "layer_idx", None)
-    whole = attention_mask if _is_whole(attention_mask) else None
-    given = None if whole is not None else attention_mask
-    if given is not None:
-        check_mask(given, shape.batch)
-    facts = None if given is None else facts_of(given)
-    if facts is not None and (facts.shape.queries, facts.allocated) != (shape.queries, shape.keys):
-        facts = None  # a mask made for other layers: only its values count
-    pattern = _pattern(module, facts, is_causal, sliding_window)
-    if given is not None and facts is None:
-        if torch.compiler.is_compiling():
-            whole = note_traced(traced_padding(given, shape, pattern), chunked=given.dtype != torch.bool)
-        else:
-            facts = _facts_without(given, shape, pattern, layer)
-    if facts is not None:  # a static cache is longer than what was written to it
-        shape = facts.shape
-    return Said(shape, pattern, facts, whole, options, position_bias, layer)
-
-
-def _pattern(
-    module: torch.nn.Module, facts: Facts | None, is_causal: bool | None, sliding_window: int | None
-) -> Pattern:
-    """What position allows: the argument, else what the mask was made for, else the module."""
-    causal, window, chunk = is_causal, None, None
-    if facts is not None:
-        causal = facts.pattern.causal if causal is None else causal
-        _, window, chunk = facts.pattern
-    if causal is None:
-        causal = bool(getattr(module, "is_causal", True))
-    if window is None and sliding_window is not None:
-        if sliding_window < 1:
-            raise InvalidArgument(f"sliding_window must be at least 1, or None for none; got {sliding_window}")
-        window = sliding_window - 1
-    return Pattern(causal, window, chunk)
-
-
-def _facts_without(mask: Tensor, shape: Shape, pattern: Pattern, layer: int | None) -> Facts:
-    """Facts for a mask that the mask function did not make, or that lost them on the way to another device."""
-
-    def make() -> Facts:
-        first = max(mask.shape[1] - shape.keys, 0)  # a sliding cache has dropped the first keys
-        numbers = mask[:, first:].cpu()
-        keys = numbers.shape[1]
-        if pattern.causal and shape.queries < shape.keys:  # rows of a static cache that hold nothing yet
-            seen = (numbers != 0).any(0).nonzero()
-            keys = max(int(seen.max()) + 1 if seen.numel() else 0, shape.queries)
-        used = shape._replace(keys=keys)
-        numbers = torch.nn.functional.pad(numbers, (0, keys - numbers.shape[1]))
-        real = numbers != 0
-        parts = None if mask.dtype == torch.bool else numbers
-        layout = lay_out(used, pattern, real, parts, device=mask.device)
-        return Facts(used, shape.keys, pattern, real, None, layout, mask.device)
-
-    facts: Facts = once(mask, ("facts", shape, pattern), layer, make)
-    return facts
-
-
-def _is_whole(mask: Any) -> bool:
-    """Whether a mask says everything; other shapes than (batch, keys) and 4-D are an error."""
-    if mask is None:
-        return False
-    if is_block_mask(mask):
-        return True
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ShapeError(f"attention_mask must be 2-D, 4-D or a BlockMask, got {got}")
-    if mask.ndim == 2 and mask.is_floating_point():
-        raise DtypeError(f"a 2-D attention_mask must be bool or integers, true for real tokens; got {mask.dtype}")
-    return mask.ndim == 4
+def _asked_by(config: Any) -> Any:
+    """Whether a layer's config asks for attention weights."""
+    if not torch.compiler.is_compiling():
+        try:  # where transformers keeps it: any attribute is otherwise read through a function, at each layer
+            return object.__getattribute__(config, "_output_attentions")
+        except AttributeError:
+            pass
+    return getattr(config, "output_attentions", False)
 
 
 # --- from what is said to a layout ---
 
 
-def _settle(said: Said) -> tuple[Layout, Any, Tensor | None]:
-    """(layout, mask, bias) of a call, from everything that says something about them."""
+def _settle(said: Said) -> Settled:
+    """How a call is made, from everything that says something about it."""
     explicit = _explicit(said)
     compiling = torch.compiler.is_compiling()
     if compiling and explicit is not None:
         _check_traced(said)
-        return explicit, None, said.position_bias
+        return _laid_out(said, explicit)
     if said.whole is not None:
         if explicit is not None:
             raise PackingError("a 4-D attention mask says all, and so does a packing (or cu_seq_lens): give one")
-        return _with_whole_mask(said)
+        return _from_whole_mask(said)
     if compiling:
-        return PLAIN, traced_documents(said.shape, said.pattern, said.options.get("position_ids")), said.position_bias
-    layout = _implicit(said, explicit)
-    return layout, layout.mask, said.position_bias
+        mask = traced_documents(said.shape, said.pattern, said.options.get("position_ids"))
+        return _laid_out(said, PLAIN) if mask is None else Settled(mask=mask, keys=said.shape.keys)
+    return _laid_out(said, _implicit(said, explicit))
+
+
+def _laid_out(said: Said, layout: Layout) -> Settled:
+    """A layout beside what position allows; a mask says that too."""
+    packing, packing_kv, flat, mask = layout
+    pattern = Pattern(causal=False) if mask is not None else said.pattern
+    return Settled(pattern.causal, pattern.sides(), packing, packing_kv, flat, mask, None, said.shape.keys)
+
+
+def _in_rows(settled: Settled, shape: Shape, pack_on: torch.device | None) -> Settled:
+    """One sequence per batch entry as rows of the flattened batch, which ``attention`` would make of it anyway.
+
+    Args:
+        settled: how a call is made.
+        shape: of the call.
+        pack_on: where the tensors are, if a batch without padding must be packed too.
+    """
+    packing, packing_kv, keys = settled.packing, settled.packing_kv, settled.keys
+    if pack_on is not None and packing is None and settled.mask is None and settled.whole is None:
+        packing = Packing.from_lengths([shape.queries] * shape.batch, device=pack_on)
+        if keys != shape.queries:
+            packing_kv = Packing.from_lengths([keys] * shape.batch, device=pack_on)
+    if packing is None or settled.flat or packing._holes is not None:
+        return settled
+    if packing_kv is not None:
+        packing_kv = packing_kv.for_entries(shape.batch, keys)
+    elif keys != shape.queries:
+        return settled  # attention() says what is missing
+    packing = packing.for_entries(shape.batch, shape.queries)
+    return settled._replace(packing=packing, packing_kv=packing_kv, flat=True)
 
 
 def _check_traced(said: Said) -> None:
@@ -257,18 +216,33 @@ def _check_traced(said: Said) -> None:
         raise PackingError("a 4-D attention mask says all, and so does a packing (or cu_seq_lens): give one")
 
 
-def _with_whole_mask(said: Said) -> tuple[Layout, Any, Tensor | None]:
-    mask, position_bias = said.whole, said.position_bias
+def _with_whole_mask(mask: Any, keys: int, position_bias: Tensor | None) -> tuple[Any, Tensor | None]:
+    """(mask, bias) of a call whose mask is complete, of the first so many keys."""
     if isinstance(mask, Tensor):
-        mask = mask[..., : said.shape.keys]
+        if mask.shape[-1] != keys:
+            mask = mask[..., :keys]
         if mask.is_floating_point():
-            return PLAIN, None, mask if position_bias is None else position_bias + mask
-        if mask.dtype != torch.bool:
-            raise DtypeError(f"a 4-D attention mask must be bool (true: attend) or additive floats, got {mask.dtype}")
-        if torch.compiler.is_compiling():  # models that keep positions from the mask function leak documents there
-            documents = traced_documents(said.shape, Pattern(causal=False), said.options.get("position_ids"))
-            mask = mask if documents is None else mask & documents
-    return PLAIN, mask, position_bias
+            return None, mask if position_bias is None else position_bias + mask
+    return mask, position_bias
+
+
+def _from_whole_mask(said: Said) -> Settled:
+    """A complete mask counts as it is, or as lengths where the mask function made it for a decoding step."""
+    mask, shape = said.whole, said.shape
+    if not isinstance(mask, Tensor):
+        return Settled(whole=OWN, keys=shape.keys)
+    if not mask.is_floating_point() and mask.dtype != torch.bool:
+        raise DtypeError(f"a 4-D attention mask must be bool (true: attend) or additive floats, got {mask.dtype}")
+    if torch.compiler.is_compiling():
+        if mask.dtype == torch.bool:  # models that keep positions from the mask function leak documents there
+            documents = traced_documents(shape, Pattern(causal=False), said.options.get("position_ids"))
+            if documents is not None:
+                return Settled(mask=mask[..., : shape.keys] & documents, keys=shape.keys)
+        return Settled(whole=mask, keys=shape.keys)
+    row = None if said.position_bias is not None else read_decoding(mask, shape, said.layer)
+    if row is not None:
+        return _laid_out(said._replace(shape=row.shape, pattern=SEEN), row.layout)
+    return Settled(whole=OWN, keys=shape.keys)
 
 
 # --- packings that the caller gives ---
@@ -282,6 +256,8 @@ def _explicit(said: Said) -> Layout | None:
     compiling = torch.compiler.is_compiling()
     if packing is not None:
         layout = Layout(packing, packing_kv, flat=is_flat(packing, shape))
+    elif packing_kv is not None:
+        raise PackingError("packing_kv says how keys are divided, and needs packing beside it for the queries")
     elif offsets is None:
         return None
     elif compiling:

@@ -2,8 +2,9 @@
 
 transformers describes a mask by functions of indices. Those that anyattn knows (causal, sliding window, chunked,
 bidirectional, packed by positions) become a Packing, made here and carried by the returned mask as an attribute: layers
-find all they need on it and wait for nothing. Anything else, and everything under ``torch.compile``, becomes
-transformers' own complete 4-D mask.
+find all they need on it and wait for nothing. Anything else, everything under ``torch.compile`` and a decoding step
+that might be compiled become transformers' own complete 4-D mask; that of a decoding step is read by the first layer
+that turns out not to be compiled.
 
 What is returned is a 2-D tensor, because that is what passes through ``generate`` and gradient checkpointing unharmed:
 bool, True for a real token, or integers, 0 for padding and else the number of the token's chunk. It counts from the
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from anyattn._errors import PackingError, ShapeError
 from anyattn.integrations._layout import Layout, Pattern, Shape, documents_of, lay_out, may_restart, several
+from anyattn.integrations._transformers_decoding import note_decoding
 from anyattn.integrations._transformers_memory import documents_at
 
 _ATTRIBUTE = "_anyattn_facts"
@@ -136,10 +138,10 @@ def make_mask(
             **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
         )  # fmt: skip
         mask = _without_padded_queries(mask, attention_mask, q_offset, options)
-        if not tracing:
-            shape = Shape(batch_size, q_length, kv_length)
-            mask = _apart(mask, positions, shape, q_offset, kv_offset, attention_mask)
-        return note_traced(mask, _is_chunked(options)) if tracing else mask
+        if tracing:
+            return note_traced(mask, _is_chunked(options))
+        shape = Shape(batch_size, q_length, kv_length)
+        return note_decoding(_apart(mask, positions, shape, q_offset, kv_offset, attention_mask))
     pattern, documents, left = known
     if pattern.chunk is not None and kv_offset + placed <= pattern.chunk:
         pattern = pattern._replace(chunk=None)  # all within the first one, also of a sequence that begins later

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +16,40 @@ from anyattn.integrations._layout import Shape, documents_of, several
 
 memory: Any = WeakIdKeyDictionary()
 """Anchor, or the tensor that it is a view of -> (its version, {key: _Entry})."""
+caches: list[Any] = [memory]
+"""All that :func:`forget` clears."""
 _CASES = 16
 
 
-class _Entry(NamedTuple):
-    value: Any
-    layer: int
-    """The last layer that asked; -1 where layers have no numbers."""
+class _Entry:
+    """Something worked out."""
+
+    __slots__ = ("layer", "value")
+
+    def __init__(self, value: Any, layer: int) -> None:
+        self.value = value
+        self.layer = layer
+        """The last layer that asked; -1 where layers have no numbers."""
+
+
+class _Watched(threading.local):
+    """Entries that this thread uses, while somebody wants to know."""
+
+    entries: list[_Entry] | None = None
+
+
+_watched = _Watched()
+
+
+@contextmanager
+def watched() -> Iterator[list[_Entry]]:
+    """Yields a list to which every entry is added that is used within."""
+    found: list[_Entry] = []
+    _watched.entries = found
+    try:
+        yield found
+    finally:
+        _watched.entries = None
 
 
 class Same:
@@ -70,10 +99,12 @@ def once(anchor: Any, key: tuple[Any, ...], layer: int | None, make: Callable[[]
     if known is None or known[0] != version or len(known[1]) >= _CASES:
         known = memory[owner] = (version, {})
     entry = known[1].get((place, key))
-    stale = entry is None or (silent and number <= entry.layer)
-    value = _outside_of_inference(make) if stale else entry.value
-    known[1][place, key] = _Entry(value, number)
-    return value
+    if entry is None or (silent and number <= entry.layer):
+        entry = known[1][place, key] = _Entry(_outside_of_inference(make), number)
+    entry.layer = number
+    if _watched.entries is not None:
+        _watched.entries.append(entry)
+    return entry.value
 
 
 def forget() -> None:
@@ -82,7 +113,8 @@ def forget() -> None:
     For tensors that are written to without their version being counted: receive buffers of collectives, ``.data``,
     and memory shared with NumPy.
     """
-    memory.clear()
+    for cache in caches:
+        cache.clear()
 
 
 def _outside_of_inference(make: Callable[[], Any]) -> Any:

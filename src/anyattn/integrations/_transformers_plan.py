@@ -59,22 +59,29 @@ def running() -> list[Forward]:
     return [forward for forward in _running if forward.thread == thread]
 
 
-def or_by_plan(attention_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function for transformers, with what a call does that is given a plan."""
+def or_by_plan(attention_forward: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+    """An attention function for transformers, with what a call does that is given a plan.
+
+    Args:
+        attention_forward: without a plan.
+        **fixed: keyword arguments of every call.
+    """
 
     @functools.wraps(attention_forward)
-    def forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    def forward(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> Any:
         if options.get("plan") is None:
-            if running():
+            if _running and running():
                 raise Unsupported(
                     "context_parallel hands the plan to attention as a keyword argument of the model, and this model "
                     "does not pass its keyword arguments on to attention"
                 )
-            return attention_forward(module, query, key, value, mask, **options)
+            return attention_forward(module, query, key, value, attention_mask, **options, **fixed)
         run = attend
         if torch.compiler.is_compiling():
             from anyattn.integrations._transformers_breaking import attend as run
-        return run(module, query, key, value, mask, **options)
+        return run(module, query, key, value, attention_mask, **options, **fixed)
 
     return forward
 

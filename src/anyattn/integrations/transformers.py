@@ -23,12 +23,12 @@ batch is this rank's rows already.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 from anyattn.backends import ORDER
+from anyattn.backends import get as get_backend
 from anyattn.integrations import _transformers_register as registry
-from anyattn.integrations._transformers_call import attention_forward
+from anyattn.integrations._transformers_call import attention_forward, packed_only, without_masks
 from anyattn.integrations._transformers_context import ContextParallelCollator, context_parallel
 from anyattn.integrations._transformers_memory import forget
 from anyattn.integrations._transformers_plan import mask_function, or_by_plan
@@ -84,11 +84,10 @@ def unregister() -> None:
 
 def _entry(backend: str | None = None) -> Callable[..., Any]:
     """The function that models call; on one backend, or on whichever is best."""
-    run = or_by_plan(attention_forward)
-    fixed = {} if backend is None else {"backend": backend}
-
-    @wraps(attention_forward)
-    def forward(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
-        return run(module, query, key, value, attention_mask, **options, **fixed)
-
-    return forward
+    if backend is None:
+        return or_by_plan(attention_forward)
+    features = {feature for kernel in get_backend(backend).CAPABILITIES for feature in kernel.features}
+    for feature, lacking in (("mask", without_masks), ("dense", packed_only)):
+        if feature not in features:
+            lacking.add(backend)
+    return or_by_plan(attention_forward, backend=backend)
