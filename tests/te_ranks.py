@@ -14,6 +14,7 @@ import te_cases
 from anyattn.integrations import _te_context
 from anyattn.integrations.transformer_engine import CPLoadBalancingStrategy, DotProductAttention
 from context_pool import Mesh, Ranks, Seat
+from doubles import pretend
 from te_cases import Side, TeCase
 
 GRID = Mesh((2, 2), ("p2p", "a2a"))
@@ -190,6 +191,20 @@ def halves(seat: Seat, comm: str) -> tuple[Tensor, Tensor]:
     first = module(*tensors)
     module.set_context_parallel_group(seat.group, list(range(seat.size)), None, comm)
     return first, module(*tensors)
+
+
+def split(seat: Seat, comm: str) -> tuple[list[Tensor], list[int]]:
+    """out and gradients with all keys in one part, then in two, and in how many each call of the kernel was asked."""
+    module = DotProductAttention(4, 64, qkv_format="bshd")
+    module.set_context_parallel_group(**groups(seat, comm), cp_stream=None)
+    leaves = [x.bfloat16().requires_grad_() for x in torch.randn(3, 1, 16, 4, 64).unbind()]
+    found: list[Tensor] = []
+    with pretend("sm90", fa3="3.0.0") as machine:
+        for num_splits in (1, 2):
+            out = module(*leaves, num_splits=num_splits)
+            found += [out.detach(), *torch.autograd.grad(out.float().sum(), leaves)]
+        assert machine.fa3 is not None
+        return found, [given["num_splits"] for name, given in machine.fa3.calls if name == "fwd"]
 
 
 def compiled(seat: Seat) -> tuple[Tensor, Tensor]:

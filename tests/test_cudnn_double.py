@@ -25,6 +25,7 @@ from anyattn.backends import cudnn
 from cases import Case, Target
 from doubles import cudnn as double
 from doubles import pretend
+from places import taken
 from test_conformance import check, run
 from versions import VALUES
 
@@ -123,6 +124,29 @@ def test_queries_cut_from_a_common_projection(frontend: double.Interface) -> Non
         (cut,) = torch.autograd.grad(outs[0], common, dout)
         for got, want in zip(cut.unbind(1), torch.autograd.grad(outs[1], fresh, dout), strict=True):
             torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"form": "thd_gaps", "mask": "causal"},
+        {"form": "thd_tail", "relation": "any", "heads": "4", "dims": "64/32"},
+        {"form": "thd", "mask": "causal", "scores": "sink", "dims": "64"},
+        {"form": "bshd", "mask": "causal", "heads": "4", "scores": "bias"},
+    ],
+)
+def test_results_are_written_where_they_are_wanted(
+    changes: dict[str, str], heads: bool, frontend: double.Interface
+) -> None:
+    """To places as the graph declares results, without holes; and no other graph is built."""
+    want = [] if heads else ["out", "dq", "dk", "dv"]
+    assert taken(replace(PLAIN, **changes), cudnn, heads=heads) == want
+    assert [g.backward for g in frontend.built] == [False, True]
+
+
+def test_memory_that_is_not_aligned_is_no_place(frontend: double.Interface) -> None:
+    assert taken(replace(PLAIN, form="thd", mask="causal"), cudnn, heads=False, shift=1) == []
 
 
 @pytest.mark.parametrize("packed", [False, True])

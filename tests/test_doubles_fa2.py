@@ -16,6 +16,7 @@ from anyattn.backends import fa2
 from cases import Case
 from doubles import fa2 as kernels
 from doubles import plain, pretend
+from places import Places, taken
 from test_conformance import check, run
 from versions import assert_named, double, run_what_is_taken, solve
 
@@ -111,6 +112,62 @@ def test_a_limit_says_what_is_installed_and_what_to_install() -> None:
     (reason,) = explanation.rejected["fa2"]
     assert (reason.what, reason.needs, reason.got) == ("softcap", "flash-attn >= 2.6.0", "2.5.9")
     assert "pip install" in reason.remedy
+
+
+# --- results where they are wanted ---------------------------------------------------------------------------------
+
+_PLACED = (
+    replace(_FA2, form="thd", mask="causal", asks="lse_grad", dims="64"),
+    replace(_FA2, form="thd_tail", relation="any", heads="4", scores="sink", dims="24"),
+    replace(_FA2, form="thd_gaps", mask="causal_window"),
+    replace(_FA2, form="thd_gaps", relation="any", mask="causal", scores="alibi_sequences", asks="lse_grad"),
+    replace(_FA2, form="bshd", mask="causal", heads="4"),
+)
+
+
+@pytest.mark.parametrize(
+    ("version", "heads"),
+    [
+        *((v, True) for v in ("2.3.0", "2.5.9.post1", "2.6.0.post1", "2.6.1", "2.6.3", "2.7.0.post2", NEWEST)),
+        (NEWEST, False),
+    ],
+)
+def test_results_are_written_where_they_are_wanted(version: str, heads: bool) -> None:
+    """Gradients always; out of packed batches, as soon as the order of the C++ function's arguments is known."""
+    there, target = kernels.Interface(version), double("fa2", version)
+    known = there.at_least("2.6.1")
+    with target.machine():
+        for case in _PLACED if there.at_least("2.4.0") else _PLACED[:1]:
+            forward = ["out"] if known and case.form != "bshd" else []
+            assert taken(replace(case, target=target), fa2, heads=heads) == [*forward, "dq", "dk", "dv"]
+
+
+@pytest.mark.parametrize("version", ["2.6.3", NEWEST])
+def test_dropout_is_repeated_in_places(version: str) -> None:
+    case = replace(_PLACED[0], asks="grad")
+    places = Places(heads=True)
+    with pretend("sm90", fa2=version) as machine, places.given_to(fa2):
+        run(cases.build(case), dropout=0.3)
+    assert machine.fa2 is not None
+    forward, backward = (given for _, given in machine.fa2.calls)
+    assert forward["dropout_p"] == backward["dropout_p"] == 0.3
+    assert backward["rng_state"] is not None
+    assert places.taken == ["out", "dq", "dk", "dv"]
+
+
+def test_memory_that_is_not_aligned_is_no_place() -> None:
+    with double("fa2", NEWEST).machine():
+        assert taken(_PLACED[0], fa2, heads=True, shift=1) == []
+
+
+def test_an_argument_that_nobody_knows_leaves_out_where_it_is() -> None:
+    """The C++ function may have got one too."""
+
+    def later(
+        q: Any, k: Any, v: Any, cu_seqlens_q: Any, softcap: float = 0.0, leftpad_k: Any = None, num_splits: int = 0
+    ) -> None: ...
+
+    assert fa2._cuda_forward(later) is None
 
 
 # --- what the generated cases do not reach -------------------------------------------------------------------------

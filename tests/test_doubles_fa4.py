@@ -21,6 +21,7 @@ from anyattn.backends import fa4
 from cases import Case
 from doubles import pretend
 from doubles.fa4 import versions
+from places import Places, taken
 from test_conformance import check, run
 from versions import assert_named, double, run_what_is_taken, solve
 
@@ -123,6 +124,46 @@ def test_older_fa4_gets_aligned_tensors() -> None:
     assert torch.allclose(out.double(), exact, atol=2e-2)
 
 
+_PLACED = (
+    replace(_FA4, form="thd_gaps", mask="causal", asks="lse_grad", scores="sink"),
+    replace(_FA4, form="thd_tail", heads="4", relation="any", mask="window_left"),
+    replace(_FA4, form="bshd", mask="causal", dims="64", dtype="float16"),
+    replace(_FA4, form="thd", dims="128/64", heads="4"),
+)
+
+
+@pytest.mark.parametrize(
+    ("version", "heads"),
+    [(CLAIMED[0], True), ("4.0.0b25", False), ("4.0.0b26", True), (NEWEST, False), (NEWEST, True)],
+)
+def test_fa4_writes_results_where_they_are_wanted(version: str, heads: bool) -> None:
+    """From the version on that looks at the layout of what is given."""
+    placing, target = Version(version) >= Version("4.0.0b26"), double("fa4", version)
+    with target.machine():
+        for case in _PLACED:
+            got = taken(replace(case, target=target), fa4, heads=heads)
+            assert got == (["out", "dq", "dk", "dv"] if placing else [])
+
+
+def test_fa4_writes_nothing_to_memory_that_is_not_aligned() -> None:
+    with double("fa4", NEWEST).machine():
+        assert taken(_PLACED[0], fa4, heads=True, shift=1) == []
+
+
+@pytest.mark.parametrize("version", ["4.0.0b12", "4.0.0b18", "4.0.0b19", "4.0.0b25", NEWEST])
+def test_first_kernels_of_head_dim_256_on_sm100_get_tensors_without_holes(version: str) -> None:
+    """They would read, and write, the memory between."""
+    common = torch.randn(60, 3, 4, 256, dtype=torch.bfloat16)
+    q, k, v = common.unbind(1)
+    packing = anyattn.Packing.from_lengths([17, 43])
+    places = Places(heads=True)
+    with pretend("sm100", fa4=version), places.given_to(fa4):
+        out = anyattn.attention(q, k, v, packing=packing, causal=True, backend="fa4")
+    exact = anyattn.attention(q.float(), k.float(), v.float(), packing=packing, causal=True, backend="reference")
+    torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=0)
+    assert places.taken == (["out"] if Version(version) >= Version("4.0.0b26") else [])
+
+
 def test_fa4_under_the_custom_op() -> None:
     """The op that torch.compile sees runs the same kernel, forward and backward."""
     problem = cases.build(replace(_FA4, form="thd_gaps", mask="causal", scores="sink"))
@@ -155,6 +196,7 @@ def clean_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pa
     monkeypatch.setattr(fa4, "_raw_forward", None)
     monkeypatch.setattr(fa4, "_raw_backward", None)
     monkeypatch.setattr(fa4, "_aligns_itself", True)
+    monkeypatch.setattr(fa4, "_takes_places", False)
     monkeypatch.delenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", raising=False)
     before = set(sys.modules)
     yield tmp_path
@@ -179,6 +221,7 @@ def test_fa4_load_leaves_the_path_alone(clean_import: Path) -> None:
     assert sys.path == before
     assert sys.modules["flash_attn.cute.interface"].seen == "1", "the variable is there before the package looks"
     assert not fa4._aligns_itself
+    assert not fa4._takes_places
 
 
 def test_fa4_load_respects_the_variable(clean_import: Path, monkeypatch: pytest.MonkeyPatch) -> None:

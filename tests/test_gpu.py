@@ -17,8 +17,10 @@ import anyattn
 import cases
 import oracle
 from anyattn import Packing, _padding
+from anyattn.backends import get as get_backend
 from cases import Case, Problem, Span, Target
 from oracle import Terms
+from places import taken
 from test_conformance import check, run
 
 pytestmark = pytest.mark.gpu
@@ -348,3 +350,12 @@ def test_what_one_stream_derives_is_not_taken_on_another() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         assert derived(rows, rows, "test", make) == 2
     assert derived(rows, rows, "test", make) == 1
+
+
+@pytest.mark.parametrize("form", ["thd", "thd_gaps"])
+@pytest.mark.parametrize("heads", [False, True], ids=["rows", "rows and heads"])
+def test_results_in_places_of_the_callers(cuda_target: Target, form: str, heads: bool) -> None:
+    """Slices of larger tensors, as context parallelism has them: right there or elsewhere, and nothing beside them."""
+    case = case_for(cuda_target, form=form, mask="causal", asks="lse_grad")
+    kept = taken(case, get_backend(cuda_target.backend), heads=heads)
+    assert not kept or cuda_target.backend in ("fa2", "fa3", "fa4", "cudnn")

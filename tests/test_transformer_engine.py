@@ -149,6 +149,11 @@ HALF = [
 @pytest.mark.parametrize("option", HALF, ids=lambda option: option.id)
 def test_in_bfloat16_by_the_kernels_of_a_device(device: str, option: TeCase) -> None:
     """On a GPU too, with ``-m gpu``."""
+    judge_half(option, device)
+
+
+def judge_half(option: TeCase, device: str) -> None:
+    """The documented answer, forward and backward, but for bfloat16."""
     batch = te_cases.build(option)
     module = DotProductAttention(**te_cases.constructor(option)).to(device)
     if "sink" in batch.leaves:

@@ -180,6 +180,16 @@ def test_a_grid_of_one_row_is_a_simpler_scheme(pool: context_pool.Pool, comm: st
         torch.testing.assert_close(grid, line)
 
 
+@pytest.mark.parametrize("comm", ["p2p", "all_gather"])
+def test_keys_in_several_parts(pool: context_pool.Pool, comm: str) -> None:
+    """Every call of a kernel splits the keys it sees; the result is the same, but for rounding."""
+    for found, asked in context_pool.values(pool.run(2, te_ranks.split, comm)):
+        torch.testing.assert_close(found[:4], found[4:], rtol=0.02, atol=0.02)
+        half = len(asked) // 2
+        assert asked == [1] * half + [2] * half
+        assert asked
+
+
 def test_a_compiled_module_breaks_there(pool: context_pool.Pool) -> None:
     for compiled, plain in context_pool.values(pool.run(2, te_ranks.compiled)):
         assert torch.equal(compiled, plain)

@@ -561,7 +561,6 @@ def test_policies_that_say_too_little(change: dict[str, Any], text: str) -> None
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"inference_params": object()}, "inference_params: keys are not cached"),
     ({"fp8_output": True}, "fp8_output"),
-    ({"num_splits": 4}, "num_splits=4"),
     ({"score_mod": print}, "score_mod: score functions"),
     ({"score_mod_tensors": {}}, "score_mod_tensors"),
 ]
@@ -599,6 +598,8 @@ def test_quantised_tensors_are_refused() -> None:
 
 
 MISTAKES: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
+    ({}, {"num_splits": -1}, anyattn.InvalidArgument, "num_splits must be an int >= 0"),
+    ({}, {"num_splits": 2.0}, anyattn.InvalidArgument, "num_splits must be an int >= 0"),
     ({"attn_mask_type": "causal_top"}, {}, anyattn.InvalidArgument, "attn_mask_type must be one of no_mask"),
     ({"qkv_format": "bhsd"}, {}, anyattn.InvalidArgument, "qkv_format must be one of sbhd, bshd, thd"),
     ({"softmax_type": "zero"}, {}, anyattn.InvalidArgument, "softmax_type must be one of"),

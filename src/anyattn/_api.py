@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from anyattn import _autograd, _core, _environment, _preparation, _select, _traced
 from anyattn._call import Call
-from anyattn._errors import InvalidArgument, PackingError, Refused
+from anyattn._errors import InvalidArgument, PackingError, Refused, Unsupported
 from anyattn._packing import Packing
 from anyattn._preparation import Inputs, Prepared
 from anyattn._request import (
@@ -203,6 +204,44 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def attention_in_splits(
+    num_splits: int, q: Tensor, k: Tensor, v: Tensor, *, causal: Any = None, window: Any = None, scale: Any = None,
+    softcap: Any = None, sink: Tensor | None = None, alibi_slopes: Tensor | None = None, bias: Tensor | None = None,
+    mask: Any = None, dropout: Any = 0.0, layout: str | None = None, packing: Packing | None = None,
+    packing_kv: Packing | None = None, plan: ContextPlan | None = None, backend: Any = "auto",
+    deterministic: bool | None = None, return_lse: bool = False,
+) -> Any:  # fmt: skip
+    """``attention`` on a kernel that takes the keys of a block of queries in parts: for integrations that are asked so.
+
+    Args:
+        num_splits: in how many parts forward takes them, which are computed side by side and merged; 0: as many as the
+            kernel chooses. Backward is not split. Kernels that do not split are reasons in ``NoBackend``.
+
+    The other arguments are ``attention``'s, and so are results and errors.
+    """
+    t = Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv)
+    options = (causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse, num_splits)
+    if plan is not None:
+        return _with_plan(t, plan, *options)
+    if torch.compiler.is_compiling():
+        if num_splits != 1 and is_block_mask(mask):  # FlexAttention alone runs those in a compiled region
+            raise Unsupported(
+                f"num_splits={num_splits} with a BlockMask: FlexAttention does not split keys in forward; leave "
+                "num_splits at 1"
+            )
+        return _traced.attention(t, *options)
+    refuse_transforms()
+    key: Any = None
+    prepared: Prepared | None = None
+    if getattr(packing, "_holes", None) is None:  # else it is packed first, and looked up then
+        key = make_request(t, *options)
+        try:
+            prepared = _prepared.get(key)
+        except TypeError:  # something unhashable: validation names it
+            key = None
+    return _attention(key, prepared, t, *options)
+
+
 def _with_plan(t: Tensors, plan: Any, *options: Any) -> Any:
     """Over the ranks of a plan."""
     from anyattn._context import _door
@@ -237,11 +276,11 @@ def _packing_key(
 
 def _attention(
     key: Any, prepared: Prepared | None, t: Tensors, causal: Any, window: Any, scale: Any, softcap: Any, dropout: Any,
-    layout: Any, backend: Any, deterministic: Any, return_lse: bool,
+    layout: Any, backend: Any, deterministic: Any, return_lse: bool, num_splits: int = 1,
 ) -> Any:  # fmt: skip
     """The rest of ``attention``: a first call of its kind, or one with more than q, k, v, bias and rows."""
     if t.packing is not None and getattr(t.packing, "_holes", None) is not None:
-        options = (causal, window, scale, softcap, dropout, backend, deterministic, return_lse)
+        options = (causal, window, scale, softcap, dropout, backend, deterministic, return_lse, num_splits)
         return _through_packing(t, layout, *options)
     if prepared is not None:
         try:
@@ -251,7 +290,9 @@ def _attention(
             _drop(key)
 
     def prepare() -> Prepared:
-        request = make_request(t, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse)
+        request = make_request(
+            t, causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse, num_splits
+        )
         found = _preparation.prepare(request)
         if key is not None:
             if len(_prepared) >= _CACHE_SIZE:
@@ -284,6 +325,7 @@ def make_request(
     backend: Any,
     deterministic: bool | None,
     return_lse: bool,
+    num_splits: int = 1,
 ) -> Request:
     """The description of a call."""
     q, k, v, sink, alibi, bias, mask, packing, packing_kv = t
@@ -322,6 +364,7 @@ def make_request(
         return_lse,
         autocast_dtype(q.device.type),
         _flash_override(),
+        num_splits,
     )
 
 
@@ -369,7 +412,7 @@ def _more_inputs(inputs: Inputs, t: Tensors) -> Inputs:
 
 def _through_packing(
     t: Tensors, layout: str | None, causal: Any, window: Any, scale: Any, softcap: Any, dropout: Any, backend: Any,
-    deterministic: Any, return_lse: bool,
+    deterministic: Any, return_lse: bool, num_splits: int,
 ) -> Any:  # fmt: skip
     """A mask with holes: gather the real tokens, run packed, scatter back."""
     packing = t.packing
@@ -381,7 +424,8 @@ def _through_packing(
             "such a mask, or pack the tensors yourself with Packing.pack"
         )
     q, k, v = (packing.pack(x.transpose(*swap)) for x in (t.q, t.k, t.v))
-    got: Any = attention(  # type: ignore[call-overload]
+    run: Any = attention if num_splits == 1 else partial(attention_in_splits, num_splits)
+    got = run(
         q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, sink=t.sink, alibi_slopes=t.alibi_slopes,
         dropout=dropout, packing=packing.compact(), backend=backend, deterministic=deterministic, return_lse=return_lse,
     )  # fmt: skip

@@ -68,6 +68,8 @@ class Spec:
     """A backward is expected to follow."""
     bias_grad: bool = False
     """The gradient of bias is asked for."""
+    num_splits: int = 1
+    """In how many parts forward takes the keys of a block of queries, to be merged; 0: as the kernel chooses."""
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """A backend's own, for what it makes of these numbers: there is one Spec per kind of call."""
 

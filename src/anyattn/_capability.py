@@ -150,6 +150,8 @@ class Capability:
     """Problems that it takes and that others are much faster at: it ranks below them there."""
     reads_torch_flag: bool = False
     """Deterministic only while torch.use_deterministic_algorithms is on."""
+    most_splits: int = 1
+    """In how many parts forward may take the keys of a block of queries; above 1, it also chooses by itself."""
     rows: tuple[Row, ...] = field(default=())
 
     def takes_sink(self, problem: Problem, version: str | None) -> bool:
@@ -355,6 +357,15 @@ def _row_reason(row: Row, given: Problem, run: Problem, version: str | None) -> 
     return replace(reason, got=given.bias) if given.bias and reason.what == "bias's dtype" else reason
 
 
+def _splits_reason(wanted: int, most: int) -> Reason:
+    """Why a kernel that takes keys in fewer parts is ruled out."""
+    what = f"num_splits={wanted}"
+    if most > 1:
+        return Reason(what, f"at most {most}", f"{wanted}", "ask for fewer, or for 0, its own choice")
+    text = f"{what}: this kernel does not split keys in forward"
+    return Reason(what, "a kernel that splits keys in forward", "one that does not", "leave num_splits at 1", text=text)
+
+
 def _with_lse_column(problem: Problem) -> Problem:
     """The problem whose backward is run where the core adds the gradient of lse: head dims grow by 8."""
     return replace(problem, head_dim=problem.head_dim + 8, head_dim_v=problem.head_dim_v + 8)
@@ -364,6 +375,8 @@ def _forward_reasons(
     capability: Capability, given: Problem, problem: Problem, version: str | None, flags: frozenset[str]
 ) -> list[Reason]:
     found = _static_reasons(capability, given, problem)
+    if problem.num_splits != 1 and not problem.num_splits <= capability.most_splits > 1:
+        found.append(_splits_reason(problem.num_splits, capability.most_splits))
     for name in problem.features():
         if name not in ("sink", *BACKWARD_ONLY) and (
             reason := _feature_reason(capability, name, problem, version, "forward")

@@ -185,6 +185,7 @@ def describe_problem(request: Request, sizes: Sizes, arch: int) -> Problem:
         return_lse=request.return_lse,
         deterministic=deterministic,
         torch_deterministic=request.torch_deterministic,
+        num_splits=request.num_splits,
     )
     return problem
 
@@ -324,6 +325,7 @@ def _spec(request: Request, sizes: Sizes, problem: Problem, core_sink: bool) -> 
         sees_key=_sees_key(problem),
         needs_backward=problem.needs_backward,
         bias_grad=problem.bias_grad,
+        num_splits=problem.num_splits,
     )
 
 

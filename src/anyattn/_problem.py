@@ -68,6 +68,8 @@ class Problem:
     deterministic: bool = False
     torch_deterministic: bool = False
     """torch.are_deterministic_algorithms_enabled(), which torch's own CUDA kernels read by themselves."""
+    num_splits: int = 1
+    """As in ``Spec``."""
 
     @property
     def needs_backward(self) -> bool:
@@ -112,5 +114,6 @@ class Problem:
         where = f"sm{self.arch}" if self.arch else "cpu"
         lengths = f"seq {self.seqlen_q}" if self.seqlen_q == self.seqlen_k else f"seq {self.seqlen_q} x {self.seqlen_k}"
         extra = [name for name in self.features() if name not in ("gqa", "unequal_head_dims")]
+        extra += [f"num_splits {self.num_splits}"] if self.num_splits != 1 else []
         direction = "forward and backward" if self.needs_backward else "forward"
         return f"{self.dtype} on {where}, {lengths}, heads {heads}, head_dim {dims}, {', '.join(extra)}, {direction}"

@@ -58,6 +58,8 @@ class Request(NamedTuple):
     autocast: torch.dtype | None
     flash_override: str | None
     """What has taken the place of torch's own flash kernels."""
+    num_splits: int = 1
+    """As in ``Spec``; ``attention`` itself has no such argument."""
 
 
 class Tensors(NamedTuple):

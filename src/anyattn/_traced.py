@@ -39,6 +39,7 @@ def attention(
     backend: Any,
     deterministic: bool | None,
     return_lse: bool,
+    num_splits: int = 1,
 ) -> Any:
     """``attention`` in terms of traceable torch and the custom op."""
     q, k, v = t.q, t.k, t.v
@@ -70,7 +71,7 @@ def attention(
     relation = "equal" if t.packing is not None and t.packing_kv in (None, t.packing) else "any"
     left, right = (None, None) if window is None else window
     # What may vary from call to call is an argument, so that it can become symbolic.
-    sides, factors = [_side(left), _side(right)], [scale or 0.0, softcap or 0.0, dropout]
+    counts, factors = [_side(left), _side(right), num_splits], [scale or 0.0, softcap or 0.0, dropout]
     given = scale is not None, softcap is not None
     # Drawn here, where activation checkpointing keeps it the same in the recomputation; on the host, for kernels whose
     # generator only the host can set.
@@ -86,7 +87,7 @@ def attention(
     table_q, sizes_q = _flat(t.packing)
     table_k, sizes_k = _flat(t.packing_kv)
     out, lse, _ = torch.ops.anyattn.attention(
-        q, k, v, t.sink, t.alibi_slopes, t.bias, t.mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static,
+        q, k, v, t.sink, t.alibi_slopes, t.bias, t.mask, table_q, table_k, sizes_q, sizes_k, counts, factors, static,
         seed,
     )  # fmt: skip
     if swap is not None:
@@ -159,11 +160,12 @@ def _request(
     table_k: Tensor | None,
     sizes_q: list[int],
     sizes_k: list[int],
-    sides: list[int],
+    counts: list[int],
     factors: list[float],
     static: str,
 ) -> Request:
     causal, layout, given, backend, preference, *more = _parse(static)
+    *sides, num_splits = counts
     left, right = (None if side == -1 else side + (side < 0) for side in sides)
     window = None if left is None and right is None else (left, right)
     scale, softcap = (factor if there else None for factor, there in zip(factors[:2], given, strict=True))
@@ -174,7 +176,7 @@ def _request(
         _meta(alibi, alibi_grad), _meta(bias, bias_grad), _meta(mask, False), dropout, layout,
         _packing_key(q, table_q, sizes_q), _packing_key(k, table_k, sizes_k), relation, backend,
         preference or _select.environment_preference(), deterministic, torch_deterministic, return_lse, None,
-        flash_override(),
+        flash_override(), num_splits,
     )  # fmt: skip
 
 
@@ -250,12 +252,12 @@ def _forward_op(
     table_k: Tensor | None,
     sizes_q: list[int],
     sizes_k: list[int],
-    sides: list[int],
+    counts: list[int],
     factors: list[float],
     static: str,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static)
+    request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, counts, factors, static)
     x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k, seed)
 
     def run(p: Prepared) -> tuple[Prepared, Result]:
@@ -290,7 +292,7 @@ def _forward_fake(
     table_k: Tensor | None,
     sizes_q: list[int],
     sizes_k: list[int],
-    sides: list[int],
+    counts: list[int],
     factors: list[float],
     static: str,
     seed: Tensor | None,
@@ -315,7 +317,7 @@ def _backward_op(
     table_k: Tensor | None,
     sizes_q: list[int],
     sizes_k: list[int],
-    sides: list[int],
+    counts: list[int],
     factors: list[float],
     static: str,
     out: Tensor,
@@ -323,7 +325,7 @@ def _backward_op(
     rng: Tensor,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static)
+    request = _request(q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, counts, factors, static)
     p = _ran.get(request) or _prepare(request)
     x = _inputs(request, q, k, alibi, mask, table_q, table_k, sizes_q, sizes_k, seed)
     enter, layout = p.layout.enter, p.layout
@@ -357,7 +359,7 @@ def _backward_fake(
     table_k: Tensor | None,
     sizes_q: list[int],
     sizes_k: list[int],
-    sides: list[int],
+    counts: list[int],
     factors: list[float],
     static: str,
     out: Tensor,
@@ -372,9 +374,9 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, sides, factors, static, seed = inputs
+    q, k, v, sink, alibi, bias, mask, table_q, table_k, sizes_q, sizes_k, counts, factors, static, seed = inputs
     ctx.save_for_backward(q, k, v, sink, alibi, bias, mask, table_q, table_k, *output, seed)
-    ctx.sizes_q, ctx.sizes_k, ctx.sides, ctx.factors, ctx.static = sizes_q, sizes_k, sides, factors, static
+    ctx.sizes_q, ctx.sizes_k, ctx.counts, ctx.factors, ctx.static = sizes_q, sizes_k, counts, factors, static
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, drng: Tensor | None) -> tuple[Any, ...]:
@@ -396,7 +398,7 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None, drng: Tensor | None) 
         table_k,
         ctx.sizes_q,
         ctx.sizes_k,
-        ctx.sides,
+        ctx.counts,
         ctx.factors,
         ctx.static,
         out,

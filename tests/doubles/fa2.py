@@ -18,6 +18,7 @@ tag; the lines meant are of 2.8.3):
 - max_seqlen_q = 1 with fewer kv heads takes each query row as a sequence (:592): the batch must have as many rows.
 - Dropout draws from torch's generator; backward needs the state that forward returned.
 - dq is summed in any order unless ``deterministic``, which 2.4.1 brought.
+- Given results are written by their strides, and returned; with fewer kv heads, every row of dk and dv is.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class Interface:
         g = bind(RECORDED.signature(f"{CUDA}.{name}", self._recorded), args, {})
         self.calls.append((name, dict(g)))
         g = {"alibi_slopes": None, "softcap": 0.0, "deterministic": False, "zero_tensors": False} | g
-        for unused in ("out" if "fwd" in name else "gen", "gen", "seqused_k", "leftpad_k", "block_table"):
+        for unused in ("gen", "seqused_k", "leftpad_k", "block_table"):
             assert g.get(unused) is None, f"{unused} is not for training"
         self._check(g, backward="bwd" in name)
         if self._takes_rows_as_sequences(name, g):
@@ -165,6 +166,12 @@ class Interface:
             self._check_offsets(g)
         if g["alibi_slopes"] is not None:
             self._check_slopes(g)
+        for result, like in (("dq", "q"), ("dk", "k"), ("dv", "v")) if backward else (("out", "q"),):
+            if (place := g[result]) is not None:
+                assert (place.shape, place.dtype) == (g[like].shape, q.dtype)
+                assert place.stride(-1) == 1, f"{result} must have contiguous last dimension"
+                assert place.data_ptr() % 16 == 0, "misaligned address"
+                assert all(stride % 8 == 0 for stride in place.stride()[:-1]), "misaligned address"
         if backward:
             self._check_backward(g)
 
@@ -190,10 +197,6 @@ class Interface:
             assert not g["dropout_p"], "head dim > 192 with dropout requires A100/A800 or H100/H800"
             assert dim > 224 or self.at_least("2.6.2"), "head dim 224 with/without dropout requires A100/A800"
         assert g["out"].shape == g["dout"].shape == q.shape
-        for name, like in (("dq", "q"), ("dk", "k"), ("dv", "v")):
-            if (grad := g[name]) is not None:
-                assert (grad.shape, grad.dtype) == (g[like].shape, q.dtype)
-                assert grad.stride(-1) == 1, f"{name} must have contiguous last dimension"
         lse, rng = g["softmax_lse"], g["rng_state"]
         assert lse.dtype == torch.float32
         assert lse.is_contiguous(), "it is read as it lies in memory"
@@ -269,10 +272,11 @@ class Interface:
         # torch's generator, whose seed is what the device's would be
         state = torch.randint(2**62, (2,)) if g["dropout_p"] else torch.tensor([77, 78])
         g["rng"] = tuple(state.tolist())
-        out, lse = plain.poisoned(*q.shape, dtype=q.dtype), plain.poisoned(*self._lse_shape(g), dtype=torch.float32)
+        out = plain.poisoned(*q.shape, dtype=q.dtype) if g["out"] is None else g["out"]
+        lse = plain.poisoned(*self._lse_shape(g), dtype=torch.float32)
         if g["zero_tensors"]:
             out, lse = out.zero_(), lse.fill_(-INF)
-        rows = flat(out)
+        rows = flat(out).clone()
         for i, one, two, shared in self._pairs(g):
             if two.length == 0 and not self.at_least("2.3.4"):
                 continue
@@ -283,6 +287,7 @@ class Interface:
                 lse[:, one.covered] = l[:, : one.written]
             else:
                 lse[i, :, : one.written] = l[:, : one.written]
+        out.copy_(rows.view(out.shape))
         found = [out, lse, q.new_empty(0), state]
         return found if self.at_least("2.7.0") else [out, q, k, v, out, *found[1:]]
 

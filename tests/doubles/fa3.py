@@ -10,6 +10,8 @@ Read in hopper/ (the lines meant are of 3.0.0):
 - A window's side of at least the longest length less one is unbounded, which changes nothing.
 - ``deterministic`` counts from 2025-09-17 on, up to head dim 192; older ones take the flag and sum in any order.
 - Gradients are only written to what is given from 2025-12-04 on, and not returned.
+- ``num_splits`` above 1: the keys of every sequence are cut, and float32 parts are merged by their lse; their memory
+  comes back too. At 0 the kernel chooses (flash_api.cpp:983), one where it was built without splits.
 - A build may lack features: ``flash_attn_config.CONFIG`` says which, from 2025-12-04 on; the kernels refuse them.
 """
 
@@ -317,6 +319,7 @@ class Interface:
         q, k, v = (g[n].detach() for n in "qkv")
         assert 0 <= g["num_splits"] <= 256
         self._refuse("SPLIT", "splits", g["num_splits"] > 1)
+        splits = g["num_splits"] or (1 if self._lacks("SPLIT") else 3)
         out = plain.poisoned(*q.shape[:-1], v.shape[-1], dtype=q.dtype) if g["out"] is None else g["out"]
         assert out.stride(-1) == 1
         rows = flat(q)
@@ -329,14 +332,18 @@ class Interface:
             seen = plain.visible(one.length, two.length, g["left"], g["right"])
             seen[:, two.written :] = False
             keys, values = flat(k)[two.rows], flat(v)[two.rows]
-            o, l = plain.forward(rows[one.rows], keys, values, seen, g["softmax_scale"], g["softcap"])
+            o, l = _split(rows[one.rows], keys, values, seen, g["softmax_scale"], g["softcap"], splits)
             if q.ndim == 3 and (_spoiled(q, one) or _spoiled(k, two) or _spoiled(v, two)):
                 o, l = o * NAN, l * NAN
             found[one.covered], lse[:, one.covered] = o[: one.written].to(q.dtype), l[:, : one.written]
         out.copy_(found.view(out.shape))
         if v.shape[-1] > 64 >= q.shape[-1] and self._lacks("HDIMDIFF64"):
             out.fill_(NAN)  # the kernel for head_dim_v 64 runs
-        return out, shaped_lse(lse, q), None, None
+        lse = shaped_lse(lse, q)
+        if splits == 1:
+            return out, lse, None, None
+        parts = splits, *lse.shape
+        return out, lse, *(plain.poisoned(*x, dtype=torch.float32) for x in ((*parts, v.shape[-1]), parts))
 
     def _backward(self, g: Arguments) -> tuple[Tensor | None, ...]:
         q, k, v, out, dout = (g[n].detach() for n in ("q", "k", "v", "out", "dout"))
@@ -367,6 +374,17 @@ class Interface:
             grad.copy_(x.view(grad.shape))
         others = tuple(torch.empty(0) for _ in range(5))
         return others if self.has_custom_ops else (*grads, *others)
+
+
+def _split(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float, splits: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out and lse of one sequence, from those of runs of its keys, of which some may be empty or wholly masked."""
+    runs = zip(k.tensor_split(splits), v.tensor_split(splits), seen.tensor_split(splits, 1), strict=True)
+    outs, lses = (torch.stack(x) for x in zip(*(plain.forward(q, *run, scale, softcap) for run in runs), strict=True))
+    total = lses.logsumexp(0)
+    shares = torch.exp(lses - total).nan_to_num(0.0)  # -inf - -inf: nothing seen at all
+    return (outs * shares.transpose(1, 2).unsqueeze(-1)).sum(0), total
 
 
 def _spoiled(x: Tensor, place: Sequence) -> bool:

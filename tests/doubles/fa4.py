@@ -6,13 +6,16 @@ leaves NaN where the real kernels leave memory as it was. Measured on an H200 wi
 - rows beyond the used lengths are not written, in out, lse and gradients (they held up to 2.4e24);
 - whole tiles are loaded: NaN in rows after a sequence's end makes every row of that sequence NaN, in q, k, v and dout.
 
+Given results are written where they are and returned, rows of no sequence left as they were. From b26 on the layout of
+a given out is checked; that of gradients never is, and strides and pointers are taken as aligned to 16 bytes. The first
+kernels of head dim 256 on sm10x read (to b18) and write (to b19) as if no tensor had holes.
+
 Read in the wheels: lse is float32, natural log, (B, H, S) or (H, T), -inf for a row that sees no key, the sink's value
 with a sink; window sides are None where unbounded; a length above max_seqlen is cut without a word.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,7 +26,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from doubles import plain
-from doubles.calling import bind
+from doubles.calling import python_function
 from doubles.signatures import recorded
 
 TILE = 128
@@ -37,11 +40,6 @@ def versions() -> list[str]:
 def entry(function: str, version: str) -> dict[str, Any]:
     """What is recorded of one function of one version."""
     return recorded("fa4").entry(function, version)
-
-
-def signature(function: str, version: str) -> inspect.Signature:
-    """A function's signature in one version; defaults are source text."""
-    return recorded("fa4").signature(function, version)
 
 
 @dataclass
@@ -62,8 +60,13 @@ class Interface:
     arch: int = 90
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     maybe_contiguous: Callable[..., Tensor] = field(init=False)
+    _flash_attn_fwd: Callable[..., tuple[Any, ...]] = field(init=False)
+    _flash_attn_bwd: Callable[..., tuple[Any, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
+        package = recorded("fa4")
+        self._flash_attn_fwd = python_function(package, "_flash_attn_fwd", self.version, self._forward)
+        self._flash_attn_bwd = python_function(package, "_flash_attn_bwd", self.version, self._backward)
         if self._at_least("b26"):
             self.maybe_contiguous = _aligned_copy
         else:
@@ -80,11 +83,6 @@ class Interface:
     def family(self) -> int:
         """GPU generation."""
         return self.arch // 10
-
-    def _bind(self, function: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        bound = bind(signature(function, self.version), (), kwargs)
-        self.calls.append((function, bound))
-        return bound
 
     # --- what the raw functions refuse ------------------------------------------------------------------------------
 
@@ -170,10 +168,27 @@ class Interface:
         if g["softcap"] and g.get("cu_seqlens_q") is not None:
             assert self._at_least("b24"), "varlen + score_mod not supported in bwd yet"
 
+    def _given(self, g: dict[str, Any], name: str, like: Tensor, dim: int) -> Tensor:
+        """Where a result goes: to what was given, or to memory as the allocator hands it out."""
+        shape = (*like.shape[:-1], dim)
+        if (place := g.get(name)) is None:
+            return plain.poisoned(*shape, dtype=like.dtype)
+        assert place.shape == shape, f"{name} shape"
+        assert place.dtype == like.dtype, f"{name} dtype"
+        aligned = place.stride(-1) == 1 and place.data_ptr() % 16 == 0 and not any(s % 8 for s in place.stride()[:-1])
+        assert aligned, f"{name} must have aligned strides and a contiguous last dimension"
+        if self._misses_holes(dim, "b20"):
+            place = place.as_strided(shape, torch.empty(shape, device="meta").stride())
+        return place
+
+    def _misses_holes(self, dim: int, since: str) -> bool:
+        """Whether tensors are taken for contiguous ones, before a version that looks."""
+        return self.family == 10 and dim == 256 and not self._at_least(since)
+
     # --- the raw functions ------------------------------------------------------------------------------------------
 
-    def _flash_attn_fwd(self, **kwargs: Any) -> tuple[Any, ...]:
-        g = self._bind("_flash_attn_fwd", kwargs)
+    def _forward(self, g: dict[str, Any]) -> tuple[Any, ...]:
+        self.calls.append(("_flash_attn_fwd", g))
         self._check_tensors(g)
         self._check_dims(g)
         sink = g.get("learnable_sink")
@@ -185,9 +200,11 @@ class Interface:
             assert not sink.requires_grad, "cannot be exported"
         q, k, v = g["q"].detach(), g["k"].detach(), g["v"].detach()
         heads = q.shape[-2]
-        out = plain.poisoned(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+        if self._misses_holes(q.shape[-1], "b19"):
+            assert all(x.is_contiguous() for x in (q, k, v)), "silently wrong: pull/2670"
+        out = self._given(g, "out", q, v.shape[-1])
         lse = plain.poisoned(*_lse_shape(q), dtype=torch.float32)
-        flat_out, flat_lse = _rows(out), plain.poisoned(heads, _rows(q).shape[0], dtype=torch.float32)
+        flat_out, flat_lse = _rows(out).clone(), plain.poisoned(heads, _rows(q).shape[0], dtype=torch.float32)
         for one, two in _pairs(g):
             rows, keys = slice(one.start, one.start + one.length), slice(two.start, two.start + two.length)
             seen = plain.visible(one.length, two.length, *_window(g))
@@ -199,20 +216,21 @@ class Interface:
             written = slice(one.start, one.start + min(one.length, _limit(g, "q")))
             flat_out[written] = o[: written.stop - written.start].to(out.dtype)
             flat_lse[:, written] = l[:, : written.stop - written.start]
+        out.copy_(flat_out.view(out.shape))
         lse.copy_(flat_lse if q.ndim == 3 else flat_lse.unflatten(1, q.shape[:2]).transpose(0, 1))
         needed = g["return_lse"] or any(g[n].requires_grad for n in "qkv")
         values = max(entry("_flash_attn_fwd", self.version)["returns"])
         return (out, lse if needed else None, *(None,) * (values - 2))
 
-    def _flash_attn_bwd(self, **kwargs: Any) -> tuple[Any, ...]:
-        g = self._bind("_flash_attn_bwd", kwargs)
+    def _backward(self, g: dict[str, Any]) -> tuple[Any, ...]:
+        self.calls.append(("_flash_attn_bwd", g))
         self._check_tensors(g)
         self._check_dims(g)
         self._check_backward(g)
         assert g.get("learnable_sink") is None, "the final lse says all"
         q, k, v, out, dout = (g[n].detach() for n in ("q", "k", "v", "out", "dout"))
-        grads = [plain.poisoned(*x.shape, dtype=x.dtype) for x in (q, k, v)]
-        dq, dk, dv = (_rows(x) for x in grads)
+        grads = [self._given(g, n, x, x.shape[-1]) for n, x in (("dq", q), ("dk", k), ("dv", v))]
+        dq, dk, dv = found = [_rows(x).clone() for x in grads]
         lse, dlse = _flat_lse(g["lse"].detach()), None if g.get("dlse") is None else _flat_lse(g.get("dlse"))
         # 2 ** (x - 0) where lse is -inf: a row without keys counts for nothing, its scores being masked
         lse = lse.masked_fill(lse == -plain.INF, 0.0)
@@ -229,6 +247,8 @@ class Interface:
             for grad, place, x, side in ((dq, one, got[0], "q"), (dk, two, got[1], "k"), (dv, two, got[2], "k")):
                 length = min(place.length, _limit(g, side))
                 grad[place.start : place.start + length] = x[:length].to(grad.dtype)
+        for grad, x in zip(grads, found, strict=True):
+            grad.copy_(x.view(grad.shape))
         return tuple(grads)
 
 

@@ -221,8 +221,12 @@ def forward(call: Call) -> Result:
     if spec.needs_backward:
         recipes.backward_graph()
     q, dim_v = call.q, call.v.shape[-1]
-    whole = q.shape[-1] == dim_v  # one allocation like another costs the host least
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if whole else q.new_empty(*q.shape[:-1], dim_v)
+    if call.out is not None and _declared(call.out):
+        out = call.out
+    elif q.shape[-1] == dim_v:  # one allocation like another costs the host least
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    else:
+        out = q.new_empty(*q.shape[:-1], dim_v)
     tensors[graphs.OUT] = out
     stats = None
     if spec.need_lse:
@@ -238,6 +242,14 @@ def forward(call: Call) -> Result:
         tensors[graphs.SEED], tensors[graphs.OFFSET] = rng[:1], rng[1:]
     graph.run(tensors, q.device)
     return Result(out, stats, rng)
+
+
+def _declared(place: Tensor) -> bool:
+    """Whether a result may be written there: graphs declare results without holes.
+
+    Others would need graphs of their own, and cuDNN minds the strides of a result: see calls.recipes_of.
+    """
+    return place.is_contiguous() and place.data_ptr() % 16 == 0
 
 
 def _fresh_lse(q: Tensor, by_token: bool) -> Tensor:
@@ -262,7 +274,10 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
         out, dout, stats = calls.aligned(saved.out), calls.aligned(dout), saved.lse.contiguous()
     recipes, tensors, _ = calls.describe(call, backward=True)
     graph = recipes.backward_graph() if packed else recipes.backward_graph(dout, out)
-    dq, dk, dv = (x.new_empty(x.shape) for x in (call.q, call.k, call.v))
+    dq, dk, dv = (
+        place if place is not None and _declared(place) else x.new_empty(x.shape)
+        for x, place in ((call.q, call.dq), (call.k, call.dk), (call.v, call.dv))
+    )
     tensors.update(
         {graphs.OUT: out, graphs.DOUT: dout, graphs.STATS: stats, graphs.DQ: dq, graphs.DK: dk, graphs.DV: dv}
     )

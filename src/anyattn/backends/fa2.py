@@ -22,7 +22,11 @@ kernels: what is said of them in ``_aten_flash`` was measured on an H200.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -189,6 +193,8 @@ _OPTIONAL = frozenset(("softcap", "alibi_slopes", "deterministic"))
 
 _dense: tuple[Entry, Entry]
 _packed: tuple[Entry, Entry]
+#: The C++ function under the packed forward, which takes a place for out, as the Python one does not.
+_placed: Callable[..., Any] | None = None
 #: Whether packed lse is (N, H, max_seqlen_q): it became (H, T) in the version that brought softcap.
 _lse_is_padded = False
 
@@ -210,7 +216,7 @@ def probe() -> Probe:
 
 def load() -> frozenset[str]:
     """Import the raw functions and look at what they take. The flags name what they lack: "no_softcap"."""
-    global _dense, _packed, _lse_is_padded
+    global _dense, _packed, _placed, _lse_is_padded
     module: Any = importlib.import_module("flash_attn.flash_attn_interface")
     _dense = entry(module._flash_attn_forward, _FORWARD), entry(module._flash_attn_backward, _BACKWARD)
     _packed = (
@@ -222,8 +228,32 @@ def load() -> frozenset[str]:
         if unknown := (one[0].lacks | one[1].lacks) - allowed - _OPTIONAL:
             raise TypeError(f"flash_attn's raw functions take no {', '.join(sorted(unknown))}")
     _lse_is_padded = "softcap" in _packed[0].lacks
+    _placed = _cuda_forward(module._flash_attn_varlen_forward)
     lacks = _dense[0].lacks | _dense[1].lacks | _packed[0].lacks | _packed[1].lacks
     return frozenset(f"no_{name}" for name in _OPTIONAL & lacks)
+
+
+#: All that the raw packed forward has taken in Python since 2.6.1, which brought ``leftpad_k``, to 2.8.3.
+_SINCE_LEFTPAD = {*_FORWARD, "block_table", "leftpad_k", "seqused_k", "zero_tensors"}
+
+
+def _cuda_forward(function: Any) -> Callable[..., Any] | None:
+    """What that function calls, where the order of its arguments is known: it is one as long as nothing was added."""
+    taken = inspect.signature(getattr(function, "_init_fn", function)).parameters.keys()
+    known = "leftpad_k" in taken and taken <= _SINCE_LEFTPAD
+    return getattr(sys.modules.get("flash_attn_2_cuda"), "varlen_fwd", None) if known else None
+
+
+def _forward_into(
+    place: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, dropout: float,
+    scale: float, causal: bool, left: int, right: int, _: Any, softcap: float, slopes: Tensor | None, softmax: bool,
+) -> Any:  # fmt: skip
+    """``_placed``, called with what ``_FORWARD`` names, and a place for out."""
+    assert _placed is not None
+    return _placed(
+        q, k, v, place, cu_q, cu_k, None, None, None, slopes, max_q, max_k, dropout, scale, False, causal, left, right,
+        softcap, softmax, None,
+    )  # fmt: skip
 
 
 def forward(call: Call) -> Result:
@@ -232,6 +262,8 @@ def forward(call: Call) -> Result:
     numbers = _numbers(call, shapes)
     q, k, v = aligned(call.q), aligned(call.k), aligned(call.v)
     run = (_dense if call.rows_q is None else _packed)[0].call
+    if call.out is not None and call.rows_q is not None and _placed is not None:
+        run = functools.partial(_forward_into, aligned(call.out))
     try:
         if spec.dropout:
             with seeded(call):
@@ -254,7 +286,10 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
     spec, shapes = call.spec, _shapes(call)
     numbers = _numbers(call, shapes)
     q, k, v = aligned(call.q), aligned(call.k), aligned(call.v)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    # Kernels go by their strides; with fewer kv heads, what they wrote is summed into dk and dv at the end.
+    dq = torch.empty_like(q) if call.dq is None else aligned(call.dq)
+    dk = torch.empty_like(k) if call.dk is None else aligned(call.dk)
+    dv = torch.empty_like(v) if call.dv is None else aligned(call.dv)
     (_dense if call.rows_q is None else _packed)[1].call(
         aligned(dout), q, k, v, aligned(saved.out), _own(call, shapes, numbers, saved.lse), dq, dk, dv, *shapes,
         *numbers, spec.deterministic, saved.rng,

@@ -13,6 +13,8 @@ the package's own function (benchmarks/results).
   beyond them are not written. Whole tiles are loaded, so that values there must be finite.
 - ``deterministic`` counts from 2025-09-17 on. Older betas take the flag and ignore it, and no signature tells which: no
   beta is asked for it.
+- ``num_splits``: in how many parts forward takes the keys of a block of queries, up to 256, merged in float32; below 1
+  the C++ code chooses by the lengths and the GPU, in every version. Backward has no such argument.
 - A head dim is run as the next one that was compiled, 64, 96, 128, 192 or 256. What a build lacks is in its
   ``flash_attn_config``, from 2025-12-04 on; each kernel refuses what it was built without.
 """
@@ -90,6 +92,11 @@ def _deterministic_above(limit: int) -> Callable[[Problem], bool]:
     return lambda p: p.deterministic and _widest(p) > limit
 
 
+def _several_splits(p: Problem) -> bool:
+    """Asked for, and not left to the kernel, which chooses one where it was built without."""
+    return p.num_splits > 1
+
+
 # --- the rules -----------------------------------------------------------------------------------------------------
 
 _ELSE = "choose another backend"
@@ -134,6 +141,7 @@ _ROWS = (
     Row(lambda p: p.softcap, _built_without("softcap", "SOFTCAP"), flag="no_softcap"),
     Row(lambda p: p.dtype == "float16", _built_without("float16", "FP16"), flag="no_fp16"),
     Row(lambda p: p.form == "packed", _built_without("packed batches", "VARLEN"), flag="no_varlen"),
+    Row(_several_splits, _built_without("keys in several splits", "SPLIT"), flag="no_split"),
     Row(_narrow_pair, _built_without("head_dim_v above 64 with head_dim to 64", "HDIMDIFF64"), flag="no_hdimdiff64"),
     Row(lambda p: _unequal(p) and p.head_dim <= 64, _built_without("another head_dim_v", "HDIM64"), flag="no_hdim64"),
     Row(_wide_pair, _built_without("head_dim 192 with head_dim_v 128", "HDIMDIFF192"), flag="no_hdimdiff192"),
@@ -199,6 +207,7 @@ CAPABILITIES = (
         ),
         package=_PACKAGE,
         upgrade=INSTALL,
+        most_splits=256,
         rows=_ROWS,
     ),
 )
@@ -295,7 +304,7 @@ def forward(call: Call) -> Result:
     spec, q, k, v = call.spec, _fit(call.q), _fit(call.k), _fit(call.v)
     check_batch(q.shape[0] if call.rows_q is None else call.rows_q.lengths.shape[0])
     try:
-        out, lse, *_ = _raw_forward.call(q, k, v, *_lengths(call), *_numbers(call), 1, call.out)
+        out, lse, *_ = _raw_forward.call(q, k, v, *_lengths(call), *_numbers(call), spec.num_splits, call.out)
     except RuntimeError as error:
         if any(said in str(error) for said in _REFUSALS):
             raise Refused(one_line(error)) from None

@@ -272,6 +272,9 @@ _raw_forward: Any = None
 _raw_backward: Any = None
 #: Versions before b26 take pointers and strides as aligned to 16 bytes, whether they are or not.
 _aligns_itself = True
+#: Whether results are written to places that are given, by their strides. b26 was the first to look at the layout of a
+#: given out; older versions take one too, but some kernels (head dim 256 on sm10x, to b19) write as if it had no holes.
+_takes_places = False
 
 
 def probe() -> Probe:
@@ -292,7 +295,7 @@ def load() -> None:
     One of the package's dependencies puts a folder on sys.path that holds a top-level ``utils``, which would shadow the
     caller's. Compiled kernels are kept on disk (``kernel_cache``), which the package itself does only when asked.
     """
-    global _raw_forward, _raw_backward, _aligns_itself
+    global _raw_forward, _raw_backward, _aligns_itself, _takes_places
     folder = kernel_cache()
     os.environ.setdefault(_CACHE_SWITCH, "1" if folder and _is_ours(folder) else "0")
     if kernel_cache() and "ANYATTN_CACHE_DIR" in os.environ:
@@ -304,6 +307,8 @@ def load() -> None:
         sys.path[:] = path
     _raw_forward, _raw_backward = module._flash_attn_fwd, module._flash_attn_bwd
     _aligns_itself = "align_bytes" in inspect.signature(module.maybe_contiguous).parameters  # b26 and later
+    taken = [inspect.signature(raw).parameters for raw in (_raw_forward, _raw_backward)]
+    _takes_places = _aligns_itself and "out" in taken[0] and {"dq", "dk", "dv"} <= set(taken[1])
 
 
 def _is_ours(folder: str | None) -> bool:
@@ -346,6 +351,8 @@ def forward(call: Call) -> Result:
     numbers = spec.memo.get("forward") or spec.memo.setdefault("forward", _forward_numbers(spec))
     if sink is not None:
         numbers = {**numbers, "learnable_sink": sink.detach().contiguous()}
+    if call.out is not None and _takes_places:
+        numbers = {**numbers, "out": _aligned(call.out)}
     out, lse, *_ = _raw_forward(q=q, k=k, v=v, **_lengths(call), **numbers)
     return Result(out, lse if spec.need_lse else None)
 
@@ -382,11 +389,20 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None) -> Gra
         deterministic=spec.deterministic,
         **(_NOTHING if dlse is None else {"dlse": dlse}),
         **_lengths(call),
+        **_places(call),
     )
     return Gradients(dq, dk, dv)
 
 
 _NOTHING: dict[str, Any] = {}
+
+
+def _places(call: Call) -> dict[str, Any]:
+    """Where the caller would have gradients, as far as they may be there: with fewer kv heads too, dk and dv are."""
+    if (call.dq is None and call.dk is None) or not _takes_places:
+        return _NOTHING
+    given = {"dq": call.dq, "dk": call.dk, "dv": call.dv}
+    return {name: _aligned(place) for name, place in given.items() if place is not None}
 
 
 def _lengths(call: Call) -> dict[str, Any]:
@@ -408,6 +424,8 @@ def _lengths(call: Call) -> dict[str, Any]:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy whose rows begin at multiples of 16 bytes."""
+    """x, or a copy whose rows begin at multiples of 16 bytes; and without holes, where older versions want none."""
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+    if not _aligns_itself and x.shape[-1] == 256:  # b11 to b18 read it on sm10x as if it were contiguous
+        fits = fits and x.is_contiguous()
     return x if fits else x.clone(memory_format=torch.contiguous_format)

@@ -125,6 +125,22 @@ def soft_cap(value: float) -> float | None:
     return value or None
 
 
+def splits(given: Any) -> int:
+    """In how many parts a kernel takes keys in forward; None is 1, and 0 what the kernel chooses.
+
+    Raises:
+        InvalidArgument: not an int, or a negative one.
+    """
+    if given is None:
+        return 1
+    number = given if isinstance(given, int) else operator.index(given) if hasattr(given, "__index__") else -1
+    if number < 0:
+        raise InvalidArgument(
+            f"num_splits must be an int >= 0, where 0 is the kernel's own choice, or None; got {given!r}"
+        )
+    return number
+
+
 def check_bias(kind: Any, bias: Tensor | None, slopes: Tensor | None, cap: float | None) -> None:
     """Bias, slopes and their kind go together.
 
@@ -154,17 +170,13 @@ def refuse(options: Mapping[str, Any]) -> None:
 
     Raises:
         Unsupported: one of them is set.
-        InvalidArgument: a dispatch that there is not.
+        InvalidArgument: a dispatch that there is not, or no number of splits.
     """
     choice("thd_attention_policy_dispatch", options.get("thd_attention_policy_dispatch"), ("auto", "grouped"))
     for name, remedy in _REFUSED.items():
         if options.get(name) not in (None, False):
             raise Unsupported(f"{name}: {remedy}")
-    splits = options.get("num_splits")
-    if splits not in (None, 0, 1):
-        raise Unsupported(
-            f"num_splits={splits}: kernels run unsplit here, which gives the same result: leave num_splits at 1"
-        )
+    splits(options.get("num_splits"))
     if (what := _fp8_attention()) is not None:
         raise Unsupported(
             f"{what}: attention in FP8 is not computed here: leave fp8_dpa and fp8_mha of the recipe False; linear "

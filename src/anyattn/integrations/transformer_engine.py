@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from anyattn._api import attention
+from anyattn._api import attention, attention_in_splits
 from anyattn._errors import InvalidArgument, ShapeError, Unsupported
 from anyattn.integrations import _te_options as options
 from anyattn.integrations import _te_policies, _te_rows
@@ -298,7 +299,8 @@ class DotProductAttention(torch.nn.Module):
             pad_between_seqs: None: as the padded offsets say. True and False must agree with them.
             fp8_output: refused.
             bf16_backward: without effect: backward is never in FP8.
-            num_splits: 1, or None for the kernel's choice; others are refused.
+            num_splits: in how many parts the kernel takes keys in forward, side by side, before it merges the results;
+                0: as many as it chooses; None: 1. With other than 1, kernels that do not split are passed over.
             score_mod: refused.
             score_mod_bprop: refused.
             score_mod_tensors: refused.
@@ -352,7 +354,7 @@ class DotProductAttention(torch.nn.Module):
                     "return_max_logit"
                 )
             calls = _te_policies.calls(call, thd_attention_policies, aligned, pad_between_seqs)
-            outs = [self._run(settle(each), checkpoint_core_attention) for each in calls]
+            outs = [self._run(settle(each), checkpoint_core_attention, num_splits) for each in calls]
             return _te_policies.together(outs, q, v)
         call = masked(call, kind, window, aligned, attention_mask, pad_between_seqs)
         if self.return_max_logit and unread(call):
@@ -361,7 +363,7 @@ class DotProductAttention(torch.nn.Module):
                 "computed sequence by sequence: leave check_offsets True, or return_max_logit False"
             )
         settled = settle(call)
-        out = self._run(settled, checkpoint_core_attention)
+        out = self._run(settled, checkpoint_core_attention, num_splits)
         return (out, settled.largest()) if self.return_max_logit else out
 
     def _check_tensors(self, q: Tensor, k: Tensor, v: Tensor, layout: str) -> None:
@@ -392,15 +394,17 @@ class DotProductAttention(torch.nn.Module):
             return options.plain_slopes(q.shape[-2], q.device), None
         return None if slopes is None else slopes.detach(), bias
 
-    def _run(self, settled: Settled, again: bool) -> Tensor:
+    def _run(self, settled: Settled, again: bool, num_splits: int | None) -> Tensor:
         """Attention, inside of the generator's fork where it drops."""
         dropout = self.attention_dropout if self.training else 0.0
         arguments = settled.arguments | {"dropout": dropout, "deterministic": self.deterministic}
+        splits = options.splits(num_splits)
+        attend: Callable[..., Any] = attention if splits == 1 else partial(attention_in_splits, splits)
         forks = Forks(self.rng_states_tracker if dropout else None)
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with forks.next():
-                return attention(q, k, v, **arguments)  # type: ignore[no-any-return]
+                return attend(q, k, v, **arguments)  # type: ignore[no-any-return]
 
         if again and torch.is_grad_enabled():
             out = checkpoint(run, settled.q, settled.k, settled.v, use_reentrant=False)
