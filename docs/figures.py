@@ -257,3 +257,47 @@ def _order_of(way: str) -> tuple[bool, str, int, str]:
     scheme, _, kernel = way.partition(", ")
     ours = scheme.strip("`") in SCHEMES
     return not ours, kernel if ours else "", SCHEMES.index(scheme.strip("`")) if ours else 0, way
+
+
+# --- transformers --------------------------------------------------------------------------------------------------
+
+_MODEL = re.compile(r"(?P<what>step|host time of attention per layer|decode step), .*, (?P<name>anyattn:\S+)$")
+_PEERS = {
+    "sdpa with the block-diagonal mask": "sdpa, masked",
+    "sdpa without a mask (leaks between documents)": "sdpa, leaking",
+    "flash_attention_3": "flash_attention_3",
+    "flash_attention_4": "flash_attention_4",
+    "sdpa": "sdpa",
+}
+
+
+def transformers_speed() -> str:
+    """A model's step, the host's time and a decoding step, against what transformers has itself."""
+    path, content = next((p, c) for p, c in _results("transformers") if "gpu" in c.get("machine", {}))
+    found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in content["rows"]:
+        if told := _MODEL.match(row["name"]):
+            found.setdefault(told["name"], {})[told["what"], row["against"]] = row
+    shown = (("step", "ms"), ("host time of attention per layer", "us"), ("decode step", "ms"))
+    columns = [(what, unit, against) for what, unit in shown for against in _PEERS
+               if any((what, against) in rows for rows in found.values())]  # fmt: skip
+    head = [""]
+    for what, unit in shown:
+        head += [f"{what}, {unit}", *(f"of {_PEERS[a]}" for w, _, a in columns if w == what)]
+    lines = [tuple(head)]
+    for name, rows in found.items():
+        cells = [f'`"{name}"`']
+        for what, _ in shown:
+            own = next((f"{row['ours']:.4g}" for (w, _), row in rows.items() if w == what), "")
+            of = [rows.get((what, a)) for w, _, a in columns if w == what]
+            cells += [own, *("" if row is None else ratio(row) for row in of)]
+        lines.append(tuple(cells))
+    machine = content["machine"]
+    words = (
+        f"A Llama of a billion parameters (random weights, bfloat16) on one {machine['gpu']}, torch "
+        f"{machine['torch'].partition('+')[0]}: forward and backward of 16k tokens of packed documents, the host's "
+        "time in each layer's attention, and a decoding step of 8 prompts padded on the left; beside each its part of what "
+        "transformers' own implementations take in the same run."
+    )
+    link = f"From [file](../benchmarks/results/{path.name})."
+    return "\n".join([*textwrap.wrap(words, 120), "", markdown(lines), "", link])
