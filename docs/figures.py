@@ -296,8 +296,8 @@ def transformers_speed() -> str:
     words = (
         f"A Llama of a billion parameters (random weights, bfloat16) on one {machine['gpu']}, torch "
         f"{machine['torch'].partition('+')[0]}: forward and backward of 16k tokens of packed documents, the host's "
-        "time in each layer's attention, and a decoding step of 8 prompts padded on the left; beside each its part of what "
-        "transformers' own implementations take in the same run."
+        "time in each layer's attention, and a decoding step of 8 prompts padded on the left; beside each its part of "
+        "what transformers' own implementations take in the same run."
     )
     link = f"From [file](../benchmarks/results/{path.name})."
     return "\n".join([*textwrap.wrap(words, 120), "", markdown(lines), "", link])
