@@ -333,8 +333,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default="auto", help="names with commas")
     parser.add_argument("--out", type=Path, default=Path("context_gpu.json"))
-    parser.add_argument("--only", default="", help="cases whose 'scheme feature' has this regular expression; "
-                        "'cuda': what holds on CUDA alone")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="cases whose 'scheme feature' has this regular expression; 'cuda': what holds on CUDA alone",
+    )
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after this")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--cpu", action="store_true")

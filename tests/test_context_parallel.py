@@ -120,6 +120,22 @@ def test_kernels_under_every_scheme(pool: context_pool.Pool, scheme: str, featur
     judge(case, context_pool.values(outcomes))
 
 
+UNSEEING: dict[str, dict[str, Any]] = {
+    "a2a": {"comm": "a2a", "lengths": (0, 40, 1), "keys": (8, 0, 8), "gap": 4},
+    "all_gather": {"comm": "all_gather", "lengths": (0, 40), "keys": (8, 0), "placement": "documents"},
+    "a2a_window": {"comm": "a2a", "lengths": (64,), "keys": (1,), "tail": 3, "terms": Terms(window=(0, 0))},
+}
+
+
+@pytest.mark.parametrize("kernel", ["fa2", "fa3"])
+@pytest.mark.parametrize("batch", UNSEEING)
+def test_a_sink_beside_queries_that_see_no_key(pool: context_pool.Pool, batch: str, kernel: str) -> None:
+    """A kernel that is called once for all rows leaves anything in their lse: the sink's gradient must not see it."""
+    changes = {"dtype": "float16", "dims": "32", "heads": "4/4", "scores": "sink", "asks": "grad", "ranks": 4}
+    case = ContextCase(**{**changes, **KERNELS[kernel], **UNSEEING[batch]})
+    judge(case, context_pool.values(pool.run(case.group, context_ranks.run, case)))
+
+
 # --- anything ------------------------------------------------------------------------------------------------------
 
 LENGTH = st.one_of(st.integers(0, 12), st.sampled_from([0, 1, 2, 3, 17, 29, 31, 40]))

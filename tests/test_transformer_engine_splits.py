@@ -159,3 +159,9 @@ def test_a_compiled_module() -> None:
             torch.testing.assert_close(compiled(q, k, v, num_splits=n), expected, rtol=0.01, atol=0.01)
     assert asked(machine) == [1, 1, 2, 3, 0, 5, 1]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("given", [-1, 2.5, "2", False, torch.tensor(2.5), torch.tensor([1, 2])], ids=str)
+def test_what_is_no_number_of_splits_is_named(given: Any) -> None:
+    with pytest.raises(anyattn.InvalidArgument, match="num_splits must be an int >= 0"):
+        call(given)

@@ -332,3 +332,18 @@ def test_threads_do_not_meet():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("runs", [((0, 3), (1, 2, 3)), ((0, 1, 2), (1, 3)), ((0, 1, 3), (2, 3))], ids=str)
+def test_what_a_forward_of_some_layers_read_holds_for_no_other(runs):
+    """Tensors made under inference_mode do not say when they are written to; layers of another kind share them."""
+    with torch.inference_mode():
+        for first_of_a_kind in range(4):
+            anyattn.integrations.transformers.forget()
+            offsets_given = offsets((6, 3, 9))
+            for layers, lengths in zip(runs, ((6, 3, 9), (5, 4, 9)), strict=True):
+                offsets_given.copy_(offsets(lengths))
+                for number in layers:
+                    window = ROWS if number >= first_of_a_kind else None
+                    found = call(layer=Layer(number), cu_seq_lens_q=offsets_given, sliding_window=window)
+                    torch.testing.assert_close(found, alone(lengths), **TOLERANCE)

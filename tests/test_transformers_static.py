@@ -205,6 +205,32 @@ def test_capture_reads_nothing(step: tuple[Tensor, list[Tensor]], monkeypatch: p
     assert decoding.read_decoding(mask, shape, None) is None
 
 
+def test_capture_finds_nothing_that_was_settled_before(
+    step: tuple[Tensor, list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that is captured after a warm-up with the very same mask reads the tensor, whatever it will hold."""
+    mask, qkv = step
+    want = attend(mask, qkv)
+    seen: list[tuple[bool, bool]] = []
+
+    def spy(*tensors: Tensor, **options: Any) -> Tensor:
+        seen.append((options["mask"] is not None, options["packing"] is not None))
+        found: Tensor = anyattn.attention(*tensors, **options)
+        return found
+
+    monkeypatch.setattr("anyattn.integrations._transformers_call.attention", spy)
+    attend(mask, qkv)
+    monkeypatch.setattr(decoding, "_capturing", lambda mask: True)
+    torch.testing.assert_close(attend(mask, qkv), want)
+    assert seen == [(False, True), (True, False)]
+
+
+def test_a_mask_of_more_keys_than_a_layer_has_is_an_error() -> None:
+    """A sliding cache keeps the last keys: which of the mask's they are is not guessed."""
+    with pytest.raises(anyattn.ShapeError, match="of 7 keys for a layer that has 6"):
+        attend(torch.ones(2, 1, 1, 7, dtype=torch.bool), [torch.randn(2, 2, n, 8) for n in (1, 6, 6)])
+
+
 def test_a_packing_beside_such_a_mask_is_an_error(step: tuple[Tensor, list[Tensor]]) -> None:
     mask, qkv = step
     with pytest.raises(anyattn.PackingError, match="4-D attention mask says all"):

@@ -16,6 +16,7 @@ from anyattn._context._backward import Given, backward
 from anyattn._context._heads import HeadExchange
 from anyattn._context._kernel import Terms
 from anyattn._context._schedule import Answer, Job
+from anyattn._context._tables import Tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +78,15 @@ def terms_of(run: Run, alibi: Tensor | None, bias: Tensor | None, mask: Tensor |
     return Terms(None if alibi is None else alibi[..., heads], bias, mask, run.terms.seed)
 
 
-def _with_sink(answer: Answer, sink: Tensor | None, padding: Tensor) -> Answer:
+def _with_sink(answer: Answer, sink: Tensor | None, tables: Tables) -> Answer:
     """The final out and lse."""
     if sink is None:
         return answer
-    out, lse = _core.apply_sink(answer.out, answer.lse, sink)
-    return answer._replace(out=out, lse=lse.masked_fill_(padding.bool(), _schedule.NEG_INF))
+    lse = answer.lse
+    if tables.direct:  # a kernel's own lse: rows of no call hold anything
+        lse = lse.masked_fill(tables.unseeing.bool(), _schedule.NEG_INF)
+    out, lse = _core.apply_sink(answer.out, lse, sink)
+    return answer._replace(out=out, lse=lse.masked_fill_(tables.padding.bool(), _schedule.NEG_INF))
 
 
 # --- one rank has all heads ---
@@ -93,7 +97,7 @@ def _whole(
 ) -> tuple[_Part, Tensor, Tensor | None]:
     heads = slice(0, q.shape[1])
     terms = terms_of(run, run.terms.alibi, bias, run.terms.mask, heads)
-    answer = _with_sink(_schedule.forward(run.job, q, k, v, terms), sink, run.job.tables.padding)
+    answer = _with_sink(_schedule.forward(run.job, q, k, v, terms), sink, run.job.tables)
     return _Part(q, k, v, answer), answer.out, answer.lse
 
 
@@ -113,7 +117,7 @@ def _by_heads(
     answer = _with_sink(
         _schedule.forward(run.job, mine[0], mine[1], mine[2], terms),
         None if sink is None else sink[own],
-        tables.padding,
+        tables,
     )
     back = heads.send_back([answer.out], order_q and order_q[1])
     out, lse = q.new_empty(*q.shape[:2], v.shape[2]), None

@@ -87,6 +87,7 @@ def quick(
     *,
     members: int = 1,
     keys: Layout | None = None,
+    keep: bool | None = None,
 ) -> Estimate:
     """Estimate from the pieces of all ranks.
 
@@ -98,8 +99,9 @@ def quick(
         gpu: the figures.
         members: neighbouring ranks that share heads, under "a2a+p2p"; under "a2a" all do.
         keys: their layout, where it is not the queries'.
+        keep: fetched keys are kept for backward; None: as a plan without ALiBi and of no fixed capacity does.
     """
-    cost = timed(layout, mask, comm, shape, gpu, members=members, keys=keys)
+    cost = timed(layout, mask, comm, shape, gpu, members=members, keys=keys, keep=keep)
     sharing = sharers(comm, layout.ranks, members)
     return Estimate(comm, *cost, imbalance=imbalance(layout, mask, sharing, keys))
 
@@ -110,16 +112,18 @@ def sharers(comm: Comm, ranks: int, members: int) -> int:
 
 
 def timed(
-    layout: Layout, mask: Mask, comm: Comm, shape: Shape, gpu: Gpu, *, members: int = 1, keys: Layout | None = None
-) -> Cost:
+    layout: Layout, mask: Mask, comm: Comm, shape: Shape, gpu: Gpu, *, members: int = 1, keys: Layout | None = None,
+    keep: bool | None = None,
+) -> Cost:  # fmt: skip
     """Seconds and bytes of :func:`quick`; arguments as there."""
     members = sharers(comm, layout.ranks, members)
     others = layout if keys is None else keys
     fullest = _fullest(layout, members), _fullest(others, members)
-    keep = members == 1 and are_kept(
-        most_fetched(layout, others, mask), (layout.rows, others.rows), (shape.num_heads, shape.num_kv_heads),
-        shape.head_dim + shape.head_dim_v,
-    )  # fmt: skip
+    if keep is None:
+        keep = members == 1 and are_kept(
+            most_fetched(layout, others, mask), (layout.rows, others.rows), (shape.num_heads, shape.num_kv_heads),
+            shape.head_dim + shape.head_dim_v,
+        )  # fmt: skip
     return weighed(loads(layout, mask, members, keys), fullest, members, comm, mask, shape, gpu, keep=keep)
 
 

@@ -118,9 +118,9 @@ def units_of(job: Job, q: Tensor, k: Tensor, *, backward: bool = False) -> list[
 
 
 def _local_heads(job: Job, q: Tensor, k: Tensor) -> list[Heads]:
-    """The parts of the local stage: as many heads as travel first, or half of them, and all others."""
+    """The parts of the local stage: as many heads as travel first, or half of them, and all others; or all at once."""
     parts = finest(job, q, k)
-    if not job.tables.remote or len(parts) == 1:
+    if job.keep or not job.tables.remote or len(parts) == 1:
         return [Heads(slice(0, q.shape[1]), slice(0, k.shape[1]))]
     (_, *others), last = parts, parts[-1]
     return [parts[0], Heads(slice(others[0].q.start, last.q.stop), slice(others[0].k.start, last.k.stop))]

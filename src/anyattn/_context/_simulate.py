@@ -66,7 +66,8 @@ def _keys(data: PlanData) -> Layout | None:
 def estimate(data: PlanData, gpu: Gpu) -> Estimate:
     """The plan as a whole: its slowest rank, and the one that receives most."""
     shared = data.topology.heads
-    return _cost.quick(data.queries, data.mask, data.comm, data.shape, gpu, members=shared, keys=_keys(data))
+    keep = data.keeps() and "alibi" not in data.features
+    return _cost.quick(data.queries, data.mask, data.comm, data.shape, gpu, members=shared, keys=_keys(data), keep=keep)
 
 
 def busiest(data: PlanData) -> int:

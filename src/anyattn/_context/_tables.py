@@ -97,6 +97,8 @@ class Tables:
     """int32 (rows_k, n): the same, after the rows that come back, where one stage's do."""
     padding: Tensor
     """int32 (rows_q,): 1 in rows that hold no token."""
+    unseeing: Tensor
+    """int32 (rows_q,): 1 in rows of no call, if ``direct``: what the kernel leaves there is anything."""
     order_q: tuple[Tensor, Tensor] | None
     """int32 (united rows, 1) each: into order, and back; None where head ranks' rows are in order as they come."""
     order_k: tuple[Tensor, Tensor] | None
@@ -166,6 +168,7 @@ def build(data: PlanData, device: torch.device, *, alibi: bool, dense: bool) -> 
         up.add(ours.own),
         up.add(ours.both),
         up.add(_indices.padding(queries, data.rank // data.topology.heads)),
+        up.add((~_indices.used(rows_q if direct else 0, [c.rows for c in calls])).to(torch.int32)),
         None if order_q is None else (up.add(order_q[0]), up.add(order_q[1])),
         None if order_k is None else (up.add(order_k[0]), up.add(order_k[1])),
         rows_q == rows_k and (data.keys is data.queries or (not fixed and data.order[0] == data.order[1])),

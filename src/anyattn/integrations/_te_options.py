@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import sys
@@ -133,7 +134,10 @@ def splits(given: Any) -> int:
     """
     if given is None:
         return 1
-    number = given if isinstance(given, int) else operator.index(given) if hasattr(given, "__index__") else -1
+    number = -1
+    if not isinstance(given, bool):
+        with contextlib.suppress(TypeError):
+            number = operator.index(given)
     if number < 0:
         raise InvalidArgument(
             f"num_splits must be an int >= 0, where 0 is the kernel's own choice, or None; got {given!r}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anyattn._api import attention
-from anyattn._errors import DtypeError, PackingError, Unsupported
+from anyattn._errors import DtypeError, PackingError, ShapeError, Unsupported
 from anyattn._packing import Packing
 from anyattn.integrations._layout import (
     PLAIN,
@@ -22,7 +22,7 @@ from anyattn.integrations._layout import (
     may_restart,
     traced_offsets,
 )
-from anyattn.integrations._transformers_decoding import SEEN, read_decoding
+from anyattn.integrations._transformers_decoding import SEEN, read_decoding, reads_now
 from anyattn.integrations._transformers_masks import CHUNKS, PLAIN_PATTERN, Facts, traced_pattern
 from anyattn.integrations._transformers_memory import Same, documents_at, once, watched
 from anyattn.integrations._transformers_packed import (
@@ -95,8 +95,9 @@ def attention_forward(
     if position_bias is None and not compiling:
         pack_on = query.device if backend.__class__ is str and backend in packed_only else None
         numbers = batch, queries, rows, is_causal, sliding_window, getattr(module, "is_causal", True), pack_on
-        said = given(numbers, attention_mask, options)
-        settled = find(said, module)
+        if not reads_now(attention_mask):  # else this call stands alone
+            said = given(numbers, attention_mask, options)
+            settled = find(said, module)
     if settled is None:
         shape = Shape(batch, queries, rows)
         asked = module, shape, attention_mask, is_causal, sliding_window, options, position_bias
@@ -105,7 +106,8 @@ def attention_forward(
         else:
             with watched() as used:
                 settled = _in_rows(_settle(read(*asked)), shape, pack_on)
-            keep(said, settled, module, used)
+            if pack_on is None or query.__class__ is Tensor:  # no packing of fake tensors may meet real ones
+                keep(said, settled, module, used)
     causal, window, packing, packing_kv, flat, mask, whole, keys = settled
     bias = position_bias
     if whole is not None:
@@ -233,6 +235,11 @@ def _from_whole_mask(said: Said) -> Settled:
         return Settled(whole=OWN, keys=shape.keys)
     if not mask.is_floating_point() and mask.dtype != torch.bool:
         raise DtypeError(f"a 4-D attention mask must be bool (true: attend) or additive floats, got {mask.dtype}")
+    if mask.shape[-1] > shape.keys:
+        raise ShapeError(
+            f"a 4-D attention mask of {mask.shape[-1]} keys for a layer that has {shape.keys}: a sliding cache keeps "
+            "the last ones only; pass a mask of those, or a 2-D mask, from which each layer takes its part"
+        )
     if torch.compiler.is_compiling():
         if mask.dtype == torch.bool:  # models that keep positions from the mask function leak documents there
             documents = traced_documents(shape, Pattern(causal=False), said.options.get("position_ids"))

@@ -59,6 +59,11 @@ def read_decoding(mask: Tensor, shape: Shape, layer: int | None) -> Row | None:
     return row
 
 
+def reads_now(mask: object) -> bool:
+    """Whether a mask of a decoding step counts as the tensor that it is now: a CUDA graph is captured that reads it."""
+    return isinstance(mask, Tensor) and getattr(mask, _ATTRIBUTE, False) and _capturing(mask)
+
+
 def _capturing(mask: Tensor) -> bool:
     """Whether a CUDA graph is captured that this mask may be an input of."""
     return mask.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,6 +101,8 @@ def once(anchor: Any, key: tuple[Any, ...], layer: int | None, make: Callable[[]
         known = memory[owner] = (version, {})
     entry = known[1].get((place, key))
     if entry is None or (silent and number <= entry.layer):
+        if entry is not None:
+            entry.layer = sys.maxsize  # no later forward's: whoever holds it is not answered by it either
         entry = known[1][place, key] = _Entry(_outside_of_inference(make), number)
     entry.layer = number
     if _watched.entries is not None:

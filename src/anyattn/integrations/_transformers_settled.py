@@ -147,7 +147,7 @@ def _number(module: torch.nn.Module) -> int:
 def _comes_next(known: _Known, module: torch.nn.Module) -> bool:
     """Whether a layer comes after the last one that asked: only then is this the same forward. It is the last now."""
     number = _number(module)
-    if number <= known.layer:
+    if number <= known.layer or any(number <= entry.layer for entry in known.used):
         return False
     known.layer = number
     for entry in known.used:
