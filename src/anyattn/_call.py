@@ -120,7 +120,8 @@ class Result(NamedTuple):
     rng: Tensor | None = None
     """int64 (2,), on any device: what backward needs to repeat dropout."""
     held: Any = None
-    """Whatever else backward would gladly have; opaque, and lost under torch.compile. out is not written to then."""
+    """Whatever else backward would gladly have; opaque, and lost under torch.compile. With it, nothing but padding is
+    written to in out and lse, and their versions stay."""
 
 
 class Saved(NamedTuple):
