@@ -79,6 +79,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(scope="module")
+def registered() -> Iterator[None]:
+    """anyattn is known to transformers, which says only errors."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    anyattn.integrations.transformers.register()
+    yield
+    anyattn.integrations.transformers.unregister()
+    logging.set_verbosity(verbosity)
+
+
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
     """One seed per test, and no state left behind."""

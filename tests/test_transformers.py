@@ -13,19 +13,14 @@ from anyattn.integrations import _transformers_said as said
 from transformers_cases import HOLES, LENGTHS, offsets, tokens
 from transformers_cases import MASKS as PADDED
 from transformers_generation import NEW
+from transformers_judge import CLOSE
 from transformers_models import build as build_tiny
 from transformers_models import transformers
 
 MASKS = {**PADDED, "holes": HOLES}
-#: float32 through a few layers; the models' logits and gradients are of order one.
-TOLERANCE = {"atol": 2e-5, "rtol": 2e-4}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _registered():
-    anyattn.integrations.transformers.register()
-    yield
-    anyattn.integrations.transformers.unregister()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def build(name, implementation="anyattn"):
@@ -79,7 +74,7 @@ def test_packed_with_padding_between(models):
     positions = torch.cat([torch.arange(-(-n // 4) * 4) for n in LENGTHS])[None]
     got = ours(input_ids=ids, position_ids=positions, packing=packing).logits[0]
     want = torch.cat([theirs(input_ids=x[None]).logits[0] for x in packing.pack(ids[0]).split(LENGTHS)])
-    torch.testing.assert_close(packing.pack(got), want, **TOLERANCE)
+    torch.testing.assert_close(packing.pack(got), want, **CLOSE)
 
 
 def test_positions_written_to_in_place_are_read_again():
@@ -94,7 +89,7 @@ def test_positions_written_to_in_place_are_read_again():
         positions = torch.arange(8)[None]
         ours(input_ids=ids, position_ids=positions)
         positions.copy_(torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]))
-        torch.testing.assert_close(ours(input_ids=ids, position_ids=positions).logits, packed, **TOLERANCE)
+        torch.testing.assert_close(ours(input_ids=ids, position_ids=positions).logits, packed, **CLOSE)
 
 
 def test_what_disagrees_is_an_error():
@@ -122,7 +117,7 @@ def test_a_tail_after_the_last_document_is_padding():
     mask = torch.tensor([[1] * 8 + [0] * 2])
     got = ours(input_ids=ids, attention_mask=mask, cu_seq_lens_q=offsets([3, 5]), cu_seq_lens_k=offsets([3, 5])).logits
     want = torch.cat([ours(input_ids=x).logits for x in ids[:, :8].split([3, 5], 1)], 1)
-    torch.testing.assert_close(got[:, :8], want, **TOLERANCE)
+    torch.testing.assert_close(got[:, :8], want, **CLOSE)
 
 
 @pytest.fixture
@@ -172,7 +167,7 @@ def test_offsets_of_keys_that_are_written_to_are_read_again():
         of_keys.copy_(offsets(lengths))
         got = call(q, k, v, cu_seq_lens_q=of_queries, cu_seq_lens_k=of_keys)
         document_q, document_k = (torch.repeat_interleave(torch.tensor(n)) for n in ([2, 4], lengths))
-        torch.testing.assert_close(got, expected(q, k, v, document_q[:, None] == document_k), **TOLERANCE)
+        torch.testing.assert_close(got, expected(q, k, v, document_q[:, None] == document_k), **CLOSE)
 
 
 # --- generation ---
@@ -227,16 +222,16 @@ def test_cross_attention_with_padded_keys():
         for rows in ([[1, 1, 1, 1, 0, 0], [1] * 6], [[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 1]]):
             mask = torch.tensor(rows).bool()
             want = expected(q, k, v, mask[:, None, None])
-            torch.testing.assert_close(call(q, k, v, mask), want, **TOLERANCE)
+            torch.testing.assert_close(call(q, k, v, mask), want, **CLOSE)
 
 
 def test_is_causal_of_the_call_wins_over_the_module():
     q, k, v = qkv()
     lower = torch.ones(6, 6, dtype=torch.bool).tril()
-    torch.testing.assert_close(call(q, k, v, is_causal=False), expected(q, k, v, torch.ones_like(lower)), **TOLERANCE)
-    torch.testing.assert_close(call(q, k, v, is_causal=True), expected(q, k, v, lower), **TOLERANCE)
+    torch.testing.assert_close(call(q, k, v, is_causal=False), expected(q, k, v, torch.ones_like(lower)), **CLOSE)
+    torch.testing.assert_close(call(q, k, v, is_causal=True), expected(q, k, v, lower), **CLOSE)
     out = integration.attention_forward(Layer(True), q, k, v, None, scaling=0.25, is_causal=False)[0]
-    torch.testing.assert_close(out, expected(q, k, v, torch.ones_like(lower)), **TOLERANCE)
+    torch.testing.assert_close(out, expected(q, k, v, torch.ones_like(lower)), **CLOSE)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -246,11 +241,11 @@ def test_window_counts_the_query_itself(causal):
     visible = (distance.abs() < 3) & ((distance >= 0) | (not causal))
     for mask in (None, torch.ones(2, 6).bool()):
         got = call(q, k, v, mask, is_causal=causal, sliding_window=3)
-        torch.testing.assert_close(got, expected(q, k, v, visible), **TOLERANCE)
+        torch.testing.assert_close(got, expected(q, k, v, visible), **CLOSE)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]).bool()
     got = call(q, k, v, mask, is_causal=causal, sliding_window=3)
     want = expected(q, k, v, visible & mask[:, None, None])
-    torch.testing.assert_close(got[mask], want[mask], **TOLERANCE)
+    torch.testing.assert_close(got[mask], want[mask], **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["none", "left", "holes", "4-D"])
@@ -267,9 +262,9 @@ def test_position_bias_is_added(kind):
     visible = lower if kind in ("none", "4-D") else lower & mask[:, None, None] & mask[:, None, :, None]
     got = call(q, k, v, mask, is_causal=True, position_bias=bias)
     want = expected(q, k, v, visible, bias)
-    torch.testing.assert_close(got, want, **TOLERANCE)
+    torch.testing.assert_close(got, want, **CLOSE)
     torch.testing.assert_close(
-        torch.autograd.grad(got.sum(), bias)[0], torch.autograd.grad(want.sum(), bias)[0], **TOLERANCE
+        torch.autograd.grad(got.sum(), bias)[0], torch.autograd.grad(want.sum(), bias)[0], **CLOSE
     )
 
 
@@ -278,7 +273,7 @@ def test_keys_of_another_length_than_queries_by_offsets():
     lengths_k = [4, 5]
     got = call(q, k, v, cu_seq_lens_q=offsets([2, 4]), cu_seq_lens_k=offsets(lengths_k))
     document_q, document_k = (torch.repeat_interleave(torch.tensor(n)) for n in ([2, 4], lengths_k))
-    torch.testing.assert_close(got, expected(q, k, v, document_q[:, None] == document_k), **TOLERANCE)
+    torch.testing.assert_close(got, expected(q, k, v, document_q[:, None] == document_k), **CLOSE)
 
 
 def test_dropout_keeps_the_mean():
@@ -333,7 +328,7 @@ def test_a_mask_that_lost_its_facts_still_counts(name, kind, monkeypatch):
     ids, mask = tokens(3, 10), torch.tensor(MASKS[kind])
     want = ours(input_ids=ids, attention_mask=mask).logits[mask.bool()]
     monkeypatch.setattr(said, "facts_of", lambda mask: None)
-    torch.testing.assert_close(ours(input_ids=ids, attention_mask=mask).logits[mask.bool()], want, **TOLERANCE)
+    torch.testing.assert_close(ours(input_ids=ids, attention_mask=mask).logits[mask.bool()], want, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["mistral", "llama4"])

@@ -10,12 +10,7 @@ from transformers_generation import NEW
 from transformers_judge import TOLERANCE, difference
 from transformers_models import BY_NAME, build
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _registered():
-    anyattn.integrations.transformers.register()
-    yield
-    anyattn.integrations.transformers.unregister()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import anyattn
 from transformers_cases import LENGTHS, MASKS, positions_of, tokens
 from transformers_judge import TOLERANCE
 from transformers_models import GROUPED, WINDOW, transformers
@@ -19,14 +18,7 @@ NAMES = (
 WINDOWED = ("Cohere2Config", "Exaone4Config", "Olmo3Config", "Starcoder2Config")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _registered():
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    anyattn.integrations.transformers.register()
-    yield
-    anyattn.integrations.transformers.unregister()
-    transformers.logging.set_verbosity(verbosity)
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

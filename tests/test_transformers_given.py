@@ -6,17 +6,10 @@ import torch
 import anyattn
 from anyattn.integrations import _transformers_call as integration
 from transformers_cases import LENGTHS, offsets, tokens
+from transformers_judge import CLOSE
 from transformers_models import build
 
-#: float32 through two layers.
-TOLERANCE = {"atol": 2e-5, "rtol": 2e-4}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _registered():
-    anyattn.integrations.transformers.register()
-    yield
-    anyattn.integrations.transformers.unregister()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def of_both(lengths_q, lengths_k, **more):
@@ -53,7 +46,7 @@ def test_keys_are_divided_as_queries_in_self_attention():
                 ours(input_ids=ids, **wrong, **more)
     same = {name: anyattn.Packing.from_lengths(LENGTHS) for name in ("packing", "packing_kv")}
     want = ours(input_ids=ids, cu_seq_lens_q=offsets()).logits
-    torch.testing.assert_close(ours(input_ids=ids, **same).logits, want, **TOLERANCE)
+    torch.testing.assert_close(ours(input_ids=ids, **same).logits, want, **CLOSE)
 
 
 def test_tokens_that_nothing_covers():
@@ -70,7 +63,7 @@ def test_tokens_that_nothing_covers():
     want = ours(input_ids=ids[:1], **of_both([5, 10], [5, 10])).logits
     mask = torch.tensor([[1] * 15, [0] * 15])
     for said in ({**short, "attention_mask": mask}, {"packing": anyattn.Packing(offsets([5, 10]), rows=30)}):
-        torch.testing.assert_close(ours(input_ids=ids, **said).logits[:1], want, **TOLERANCE)
+        torch.testing.assert_close(ours(input_ids=ids, **said).logits[:1], want, **CLOSE)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(8), torch.ones(2, 8, 8), torch.ones(1, 8), torch.ones(3, 8)])

@@ -34,11 +34,7 @@ _SIZES: dict[str, Any] = {
 MODELS = {"llama": ("LlamaConfig", {}), "mistral": ("MistralConfig", {"sliding_window": WINDOW})}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _registered() -> Iterator[None]:
-    anyattn.integrations.transformers.register()
-    yield
-    anyattn.integrations.transformers.unregister()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def requires(backend: str) -> str:

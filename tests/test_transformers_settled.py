@@ -11,17 +11,13 @@ import anyattn
 from anyattn.integrations import _transformers_call as integration
 from anyattn.integrations import _transformers_settled as settled
 from transformers_cases import LENGTHS, MASKS, offsets, tokens
+from transformers_judge import CLOSE
 from transformers_models import build
 
-TOLERANCE = {"atol": 2e-5, "rtol": 2e-4}
 ROWS = sum(LENGTHS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _registered():
-    anyattn.integrations.transformers.register()
-    yield
-    anyattn.integrations.transformers.unregister()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.fixture(autouse=True)
@@ -124,13 +120,13 @@ def test_what_is_written_to_is_read_again(name):
         block = torch.block_diag(*(torch.ones(n, n) for n in other)).bool().tril()
         for values, lengths in ((given.clone(), (ROWS,)), (block, other)):
             given.copy_(values)
-            torch.testing.assert_close(call(given), alone(lengths), **TOLERANCE)
+            torch.testing.assert_close(call(given), alone(lengths), **CLOSE)
         return
     given = positions_of(LENGTHS) if name == "position_ids" else offsets((*other, 0))
     for lengths in ((*other, 0), LENGTHS):
         given.copy_(positions_of(lengths) if name == "position_ids" else offsets(lengths))
         for _ in range(2):
-            torch.testing.assert_close(call(**{name: given}), alone(n for n in lengths if n), **TOLERANCE)
+            torch.testing.assert_close(call(**{name: given}), alone(n for n in lengths if n), **CLOSE)
 
 
 def test_what_torch_does_not_count_needs_forget():
@@ -138,7 +134,7 @@ def test_what_torch_does_not_count_needs_forget():
     call(cu_seq_lens_q=cu)
     cu.data.copy_(offsets((5, 4, 9)))
     anyattn.integrations.transformers.forget()
-    torch.testing.assert_close(call(cu_seq_lens_q=cu), alone((5, 4, 9)), **TOLERANCE)
+    torch.testing.assert_close(call(cu_seq_lens_q=cu), alone((5, 4, 9)), **CLOSE)
 
 
 def test_another_tensor_at_the_same_place_is_another_tensor():
@@ -148,7 +144,7 @@ def test_another_tensor_at_the_same_place_is_another_tensor():
         lengths = (1 + i % 17, ROWS - 1 - i % 17)
         cu = offsets(lengths)
         ids.add(id(cu))
-        torch.testing.assert_close(call(cu_seq_lens_q=cu), alone(lengths), **TOLERANCE)
+        torch.testing.assert_close(call(cu_seq_lens_q=cu), alone(lengths), **CLOSE)
         del cu
     assert len(ids) < 60  # or nothing was tried
     assert not any("cu" in str(key) for key in settled._known)
@@ -183,14 +179,14 @@ def test_a_packing_that_is_refilled():
     for lengths in ([5, 13], [2, 7, 9], [18]):
         packing.copy_(anyattn.Packing.from_lengths(lengths))
         for _ in range(2):
-            torch.testing.assert_close(call(packing=packing), alone(lengths), **TOLERANCE)
+            torch.testing.assert_close(call(packing=packing), alone(lengths), **CLOSE)
     packing = anyattn.Packing.from_lengths([5, 13])  # its lengths are known until it is refilled
     positions = positions_of([5, 13])
     call(packing=packing, position_ids=positions)
     packing.copy_(anyattn.Packing.from_lengths([6, 12]))
     with pytest.raises(anyattn.PackingError, match="disagree"):
         call(packing=anyattn.Packing.from_lengths([6, 12]), position_ids=positions)
-    torch.testing.assert_close(call(packing=packing, position_ids=positions), alone([6, 12]), **TOLERANCE)
+    torch.testing.assert_close(call(packing=packing, position_ids=positions), alone([6, 12]), **CLOSE)
 
 
 def test_packings_of_entries():
@@ -202,7 +198,7 @@ def test_packings_of_entries():
     queries, keys = anyattn.Packing.from_lengths([4, 4]), anyattn.Packing.from_lengths([6, 3])
     for _ in range(3):
         got = call(qkv=(q, k, v), layer=full, packing=queries, packing_kv=keys)
-        torch.testing.assert_close(got, want, **TOLERANCE)
+        torch.testing.assert_close(got, want, **CLOSE)
 
 
 def test_every_number_counts():
@@ -211,7 +207,7 @@ def test_every_number_counts():
     given = {"cu_seq_lens_q": cu, "position_ids": positions}
     want = alone(LENGTHS)
     for more in ({}, {"max_length_q": max(LENGTHS)}):
-        torch.testing.assert_close(call(**given, **more), want, **TOLERANCE)
+        torch.testing.assert_close(call(**given, **more), want, **CLOSE)
     with pytest.raises(anyattn.PackingError, match="max_seqlen is 4"):
         call(**given, max_length_q=4)
     assert not torch.allclose(call(**given, is_causal=False), want)
@@ -225,7 +221,7 @@ def test_every_number_counts():
         call(**given, cu_seqlens_q=offsets((6, 3, 9)))
     with pytest.raises(anyattn.PackingError, match="4-D attention mask says all"):
         call(torch.ones(1, 1, ROWS, ROWS, dtype=torch.bool), **given)
-    torch.testing.assert_close(call(**given, max_length_q=max(LENGTHS)), want, **TOLERANCE)
+    torch.testing.assert_close(call(**given, max_length_q=max(LENGTHS)), want, **CLOSE)
 
 
 def test_a_bias_counts_beside_what_was_settled_without():
@@ -283,13 +279,13 @@ def test_inference_tensors_hold_for_one_forward(first):
     with torch.inference_mode():
         cu = offsets((6, 3, 9))
         for layer in range(4):
-            torch.testing.assert_close(call(layer=Layer(layer), cu_seq_lens_q=cu), alone((6, 3, 9)), **TOLERANCE)
+            torch.testing.assert_close(call(layer=Layer(layer), cu_seq_lens_q=cu), alone((6, 3, 9)), **CLOSE)
         cu.copy_(offsets((5, 4, 9)))
         for layer in range(first, 4):
-            torch.testing.assert_close(call(layer=Layer(layer), cu_seq_lens_q=cu), alone((5, 4, 9)), **TOLERANCE)
+            torch.testing.assert_close(call(layer=Layer(layer), cu_seq_lens_q=cu), alone((5, 4, 9)), **CLOSE)
         cu.copy_(offsets((2, 7, 9)))
         for _ in range(2):  # layers without a number
-            torch.testing.assert_close(call(cu_seq_lens_q=cu), alone((2, 7, 9)), **TOLERANCE)
+            torch.testing.assert_close(call(cu_seq_lens_q=cu), alone((2, 7, 9)), **CLOSE)
             cu.copy_(offsets((2, 7, 9)))
 
 
@@ -303,7 +299,7 @@ def test_inference_tensors_of_two_kinds_of_layers():
             for layer in layers:
                 window = ROWS if layer % 2 else None
                 got = call(layer=Layer(layer), cu_seq_lens_q=cu, sliding_window=window)
-                torch.testing.assert_close(got, alone(lengths), **TOLERANCE)
+                torch.testing.assert_close(got, alone(lengths), **CLOSE)
 
         forward((6, 3, 9), range(4))
         forward((5, 4, 9), range(1, 4))
@@ -323,7 +319,7 @@ def test_threads_do_not_meet():
             cu = offsets(lengths[i % 2])
             for _ in range(3):
                 got = call(shared, cu_seq_lens_q=cu)
-                if not torch.allclose(got, want[i % 2], **TOLERANCE):
+                if not torch.allclose(got, want[i % 2], **CLOSE):
                     wrong.append((seed, i))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -346,4 +342,4 @@ def test_what_a_forward_of_some_layers_read_holds_for_no_other(runs):
                 for number in layers:
                     window = ROWS if number >= first_of_a_kind else None
                     found = call(layer=Layer(number), cu_seq_lens_q=offsets_given, sliding_window=window)
-                    torch.testing.assert_close(found, alone(lengths), **TOLERANCE)
+                    torch.testing.assert_close(found, alone(lengths), **CLOSE)

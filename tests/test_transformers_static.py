@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,14 +25,7 @@ DECODERS = ("llama", "mistral", "gemma3", "gpt_oss", "deepseek_v3") + (
 PADDING = {"left": MASKS["left"], "ones": MASKS["ones"], "mixed": MASKS["mixed"]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _registered() -> Iterator[None]:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    anyattn.integrations.transformers.register()
-    yield
-    anyattn.integrations.transformers.unregister()
-    transformers.logging.set_verbosity(verbosity)
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.fixture

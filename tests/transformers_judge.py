@@ -13,6 +13,8 @@ from transformers_models import Architecture, build
 
 #: float32 through a few layers; outputs and gradients are compared relative to the largest, or to 1.
 TOLERANCE = 2e-5
+#: The same for assert_close.
+CLOSE = {"atol": TOLERANCE, "rtol": 2e-4}
 Found = dict[str, Tensor]
 
 

@@ -83,7 +83,7 @@ def _with_sink(answer: Answer, sink: Tensor | None, tables: Tables) -> Answer:
     if sink is None:
         return answer
     lse = answer.lse
-    if tables.direct:  # a kernel's own lse: rows of no call hold anything
+    if tables.unseeing.shape[0]:
         lse = lse.masked_fill(tables.unseeing.bool(), _schedule.NEG_INF)
     out, lse = _core.apply_sink(answer.out, lse, sink)
     return answer._replace(out=out, lse=lse.masked_fill_(tables.padding.bool(), _schedule.NEG_INF))

@@ -223,15 +223,14 @@ class _Gathered(_Work):
         rows = slice(*self.tables.hull)
         if rows.start == rows.stop:
             return
-        nothing = Wire.empty(self.x.k, 0, self.x.k.shape[1], self.x.k.shape[2], self.x.v.shape[2])
-        found = [(unit.heads.k, wire) for unit, wire in self.home] or [(slice(None), nothing)]
-        for heads, wire in found:
-            for whole, came in ((self.dk, wire.k), (self.dv, wire.v)):
+        everywhere: tuple[slice, list[Tensor], list[Tensor]] = slice(None), [], []
+        for heads, keys, values in [(u.heads.k, [wire.k], [wire.v]) for u, wire in self.home] or [everywhere]:
+            for whole, came in ((self.dk, keys), (self.dv, values)):
                 into = whole[rows, heads]
-                _rows.sum_rows(into, [into, came], self.tables.join)
+                _rows.sum_rows(into, [into, *came], self.tables.join)
 
     def _put_together(self) -> None:
-        """Dk and dv, by groups of heads; tables count calls in forward's order."""
+        """Gradients of keys and values, by groups of heads; tables count calls in forward's order."""
         for heads in self.groups:
             own = [(inner, p) for inner, parts in _of(heads, self.own) for p in parts]
             home = [(inner, wire) for inner, wire in _of(heads, self.home)]

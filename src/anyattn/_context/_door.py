@@ -15,7 +15,6 @@ from anyattn._context import _cost, _kernel, _schedule, _tables
 from anyattn._context._agreement import OthersFailed
 from anyattn._context._attention import ContextAttention, Run
 from anyattn._context._checks import Asked, checked, is_known, request_of
-from anyattn._context._estimate import are_kept
 from anyattn._context._exchange import head_start_of
 from anyattn._context._heads import HeadExchange, HeadShares
 from anyattn._context._kernel import Options, Terms
@@ -287,7 +286,7 @@ def _run(
     heads = None
     if shape.heads > 1:
         heads = HeadExchange(HeadShares(shape.heads, q.shape[2], k.shape[2]), groups[-1])
-    keep = needs and heads is None and not alibi and _may_keep(plan, q, k, v)
+    keep = needs and not alibi and data.keeps((q.shape[2], k.shape[2]), q.shape[3] + v.shape[3])
     job = Job(
         tables, options, sequence_group, _groups(plan, batch, q, k, v) if heads is None else 1, keep=keep, dense=dense
     )
@@ -321,16 +320,6 @@ def _groups(plan: ContextPlan, batch: int, q: Tensor, k: Tensor, v: Tensor) -> i
     share = plan._travelling * _seconds(plan, batch, q, v)
     stages = data.topology.sequence if data.is_ring else 1
     return gcd(k.shape[2], 4 if share > 8 * LEAST * stages * 4 else 2 if share > 4 * LEAST * stages else 1)
-
-
-def _may_keep(plan: ContextPlan, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether keys that arrive in forward may stay for backward: where they are few; alike on all ranks."""
-    data = plan._data
-    if data.topology.sequence == 1 or data.capacity is not None:
-        return False
-    queries, keys = data.inner
-    heads, dims = (q.shape[2], k.shape[2]), k.shape[3] + v.shape[3]
-    return are_kept(plan._most_fetched, (queries.rows, keys.rows), heads, dims)
 
 
 def _seed(asked: Asked, rank: int) -> int | None:

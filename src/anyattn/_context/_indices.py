@@ -75,7 +75,7 @@ def order(runs: Sequence[Run] | None, rows: int) -> tuple[Tensor, Tensor] | None
 
 
 def used(rows: int, parts: Sequence[Tensor]) -> Tensor:
-    """Bool (rows,): those of so many rows that a part has."""
+    """Which of so many rows a part has: bool (rows,)."""
     found = torch.zeros(rows, dtype=torch.bool, device="cpu")
     for mine in parts if rows else ():
         found[mine.long()] = True

@@ -164,11 +164,6 @@ class ContextPlan(Shards):
         return self._areas[1]
 
     @cached_property
-    def _most_fetched(self) -> int:
-        """Rows of the largest key buffers among the ranks."""
-        return self._data.most_fetched()
-
-    @cached_property
     def _areas(self) -> tuple[float, float]:
         return self._data.mean_area()
 
@@ -177,8 +172,7 @@ class ContextPlan(Shards):
         self._data = data
         self._agreed.clear()
         self._packings.clear()
-        for derived in ("_areas", "_most_fetched"):
-            self.__dict__.pop(derived, None)
+        self.__dict__.pop("_areas", None)
         self._replace(data.queries, data.memory_q)
         for (device, batch, alibi, dense), tables in self._tables.items():
             made = _tables.build(data.batched(batch), device, alibi=alibi, dense=dense)

@@ -138,17 +138,22 @@ class PlanData:
             total, cut = total + size, cut + (size if holders > 1 else 0)
         return total / self.topology.world, cut / total if total else 0.0
 
+    @cached_property
     def most_fetched(self) -> int:
         """Rows of the largest key buffers among the ranks."""
         return most_fetched(*self.inner, self.mask)
 
-    def keeps(self) -> bool:
-        """Whether fetched keys are kept for backward, for tensors of the shape that the plan was given."""
+    def keeps(self, heads: tuple[int, int], dims: int) -> bool:
+        """Whether keys that are fetched in forward stay for backward; alike on all ranks.
+
+        Args:
+            heads: of queries and keys.
+            dims: head_dim and head_dim_v together.
+        """
         if self.capacity is not None or self.topology.heads > 1 or self.topology.sequence == 1:
             return False
-        shape, (queries, keys) = self.shape, self.inner
-        heads, dims = (shape.num_heads, shape.num_kv_heads), shape.head_dim + shape.head_dim_v
-        return are_kept(self.most_fetched(), (queries.rows, keys.rows), heads, dims)
+        queries, keys = self.inner
+        return are_kept(self.most_fetched, (queries.rows, keys.rows), heads, dims)
 
     def fingerprint(self) -> dict[str, int]:
         """A number for each field that all ranks must agree about."""

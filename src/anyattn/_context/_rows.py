@@ -161,8 +161,8 @@ def _copy(out: Tensor, sources: Sequence[Tensor], column: Tensor) -> None:
 
 def _add(out: Tensor, sources: Sequence[Tensor], table: Tensor, base: Tensor | None) -> None:
     wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-    itself = out.dtype == wide and sources[0].data_ptr() != out.data_ptr()
-    total = out if itself else torch.empty(out.shape, dtype=wide, device=out.device)
+    in_place = out.dtype == wide and sources[0].data_ptr() != out.data_ptr()
+    total = out if in_place else torch.empty(out.shape, dtype=wide, device=out.device)
     if base is None:
         total.zero_()
     else:

@@ -50,7 +50,7 @@ def facts_of(data: PlanData, rank: int, gpu: Gpu) -> RankFacts:
     comm: Comm = "all_gather" if alibi else data.comm  # positions matter: keys lie in global order under every scheme
     cost = _cost.of_rank(
         stages, rank, data.queries, data.mask, comm, data.shape, gpu, members=data.topology.heads, keys=_keys(data),
-        keep=not alibi and data.keeps(),
+        keep=_keeps(data),
     )  # fmt: skip
     active = sum(1 for s in stages.stages if s.calls or any(s.receive) or any(s.send))
     calls = sum(len(s.calls) for s in stages.stages)
@@ -63,11 +63,19 @@ def _keys(data: PlanData) -> Layout | None:
     return data.keys if data.cross else None
 
 
+def _keeps(data: PlanData) -> bool:
+    """Whether backward finds the keys of forward, for tensors of the shape that the plan was given."""
+    shape = data.shape
+    heads = shape.num_heads, shape.num_kv_heads
+    return "alibi" not in data.features and data.keeps(heads, shape.head_dim + shape.head_dim_v)
+
+
 def estimate(data: PlanData, gpu: Gpu) -> Estimate:
     """The plan as a whole: its slowest rank, and the one that receives most."""
     shared = data.topology.heads
-    keep = data.keeps() and "alibi" not in data.features
-    return _cost.quick(data.queries, data.mask, data.comm, data.shape, gpu, members=shared, keys=_keys(data), keep=keep)
+    return _cost.quick(
+        data.queries, data.mask, data.comm, data.shape, gpu, members=shared, keys=_keys(data), keep=_keeps(data)
+    )  # fmt: skip
 
 
 def busiest(data: PlanData) -> int:

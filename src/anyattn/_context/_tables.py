@@ -98,7 +98,8 @@ class Tables:
     padding: Tensor
     """int32 (rows_q,): 1 in rows that hold no token."""
     unseeing: Tensor
-    """int32 (rows_q,): 1 in rows of no call, if ``direct``: what the kernel leaves there is anything."""
+    """int32 (rows_q,): 1 in rows of no call, if ``direct``: what the kernel leaves there is anything. Empty where those
+    are padding and stay so."""
     order_q: tuple[Tensor, Tensor] | None
     """int32 (united rows, 1) each: into order, and back; None where head ranks' rows are in order as they come."""
     order_k: tuple[Tensor, Tensor] | None
@@ -149,6 +150,8 @@ def build(data: PlanData, device: torch.device, *, alibi: bool, dense: bool) -> 
     order_q, order_k = (_indices.order(runs, rows) for runs, rows in zip(data.order, (rows_q, rows_k), strict=True))
     apart = plan.exclusive and not fixed and _indices.are_apart([c.q for c in calls])
     ours = _of_own_keys(stages, rows_k, plan.exclusive, fixed)
+    padding = _indices.padding(queries, data.rank // data.topology.heads)
+    unseeing = (~_indices.used(rows_q, [c.rows for c in calls])).to(torch.int32)
     made = Tables(
         stages,
         plan.exclusive,
@@ -167,8 +170,8 @@ def build(data: PlanData, device: torch.device, *, alibi: bool, dense: bool) -> 
         up.add(ours.join),
         up.add(ours.own),
         up.add(ours.both),
-        up.add(_indices.padding(queries, data.rank // data.topology.heads)),
-        up.add((~_indices.used(rows_q if direct else 0, [c.rows for c in calls])).to(torch.int32)),
+        up.add(padding),
+        up.add(unseeing if direct and (fixed or bool((unseeing > padding).any())) else unseeing[:0]),
         None if order_q is None else (up.add(order_q[0]), up.add(order_q[1])),
         None if order_k is None else (up.add(order_k[0]), up.add(order_k[1])),
         rows_q == rows_k and (data.keys is data.queries or (not fixed and data.order[0] == data.order[1])),
