@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import anyattn
 from anyattn import Packing, PackingError
-from anyattn._packing import valid_rows
+from anyattn._rows import valid_rows
 
 LENGTHS = st.lists(st.integers(0, 6), max_size=6)
 MASKS = st.integers(0, 4).flatmap(

@@ -13,7 +13,7 @@ import cases
 import oracle
 from anyattn import _padding
 from anyattn._call import Call, Gradients, Result, Rows, Saved
-from anyattn._packing import valid_rows
+from anyattn._rows import valid_rows
 from anyattn.backends import reference
 from cases import Case, Problem, Target, from_bshd, lse_to_bhs, to_bshd
 from test_conformance import check, run

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from anyattn._call import Backend, Call, Gradients, Result, Saved
-from anyattn._packing import valid_rows
 from anyattn._padding import fill_gaps, pad_dims, zero_padding
 from anyattn._preparation import Inputs, Prepared
+from anyattn._rows import valid_rows
 
 NEG_INF = float("-inf")
 

@@ -1,30 +1,32 @@
 """``Packing``: where the sequences of a batch lie in memory.
 
-Legend: N sequences, T rows in memory. One int32 tensor, the *table*, holds everything a kernel may ask for, so that
-moving, refilling and capturing a packing is one copy:
-
-    starts (N + 1) | lengths (N) | as_queries (3 N + 3) | as_keys (3 N + 3)        each padded to a multiple of 4
-
-``as_queries`` and ``as_keys`` are for kernels that do not know used lengths: each gap becomes two sequences, its rows
-as queries without keys, then as keys without queries (docs/padding.md).
+Everything a kernel may ask for lies in one int32 tensor, the *table* (``_rows``), so that moving, refilling and
+capturing a packing is one copy. Legend: N sequences, T rows in memory.
 """
 
 from __future__ import annotations
 
 import itertools
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anyattn._call import Rows
 from anyattn._errors import DtypeError, PackingError, ShapeError
+from anyattn._offsets import (
+    check_number,
+    check_offsets,
+    check_tensor,
+    check_values,
+    cumulative,
+    extended,
+    read_offsets,
+    whole_numbers,
+)
 from anyattn._problem import Relation
-
-Host = tuple[tuple[int, int], ...]
+from anyattn._rows import build_table, host_of_table, rows_of_table, valid_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,77 +51,6 @@ class Facts:
             return None
         ends = [0, *(s + n for s, n in zip(self.starts, self.lengths, strict=True))]
         return max(begin - end for begin, end in zip((*self.starts, self.rows), ends, strict=True))
-
-
-def _aligned(n: int) -> int:
-    return -(-n // 4) * 4
-
-
-def _sections(n: int) -> tuple[int, int, int, int]:
-    """Where starts, lengths, as_queries and as_keys begin in the table, by N."""
-    lengths = _aligned(n + 1)
-    queries = lengths + _aligned(n)
-    keys = queries + _aligned(3 * n + 3)
-    return lengths, queries, keys, keys + _aligned(3 * n + 3)
-
-
-def build_table(cu_seqlens: Tensor, starts: Tensor, rows: int | None) -> Tensor:
-    """The table, computed on the offsets' device without waiting for it."""
-    n = cu_seqlens.numel() - 1
-    lengths_at, queries_at, keys_at, size = _sections(n)
-    table = torch.zeros(size, dtype=torch.int32, device=cu_seqlens.device)
-    table[: n + 1] = starts
-    lengths = table[lengths_at : lengths_at + n]
-    torch.sub(cu_seqlens[1:], cu_seqlens[:-1], out=lengths)
-    begin = starts[:-1]
-    end = begin + lengths
-    before = torch.cat([torch.zeros_like(starts[:1]), end])  # where the previous sequence ends, and the last one
-    queries, keys = (table[at + 1 : at + 1 + 3 * n].view(n, 3) for at in (queries_at, keys_at))
-    queries[:, 0] = begin
-    queries[:, 1] = begin
-    queries[:, 2] = end
-    keys[:, 0] = before[:-1]
-    keys[:, 1] = begin
-    keys[:, 2] = end
-    last = starts[-1:] if rows is None else torch.full_like(starts[-1:], rows)
-    table[queries_at + 1 + 3 * n : queries_at + 3 + 3 * n] = last
-    table[keys_at + 1 + 3 * n : keys_at + 2 + 3 * n] = before[-1:]
-    table[keys_at + 2 + 3 * n : keys_at + 3 + 3 * n] = last
-    return table
-
-
-def rows_of_table(table: Tensor, n: int, max_seqlen: int, gaps: bool, host: Host | None) -> Rows:
-    """The views of a table that a kernel call takes."""
-    lengths_at, queries_at, keys_at, _ = _sections(n)
-    return Rows(
-        table=table,
-        starts=table[: n + 1],
-        lengths=table[lengths_at : lengths_at + n],
-        as_queries=table[queries_at : queries_at + 3 * n + 3],
-        as_keys=table[keys_at : keys_at + 3 * n + 3],
-        max_seqlen=max_seqlen,
-        gaps=gaps,
-        host=host,
-    )
-
-
-def host_of_table(table: Tensor, n: int) -> Host | None:
-    """(start, length) per sequence, where the table lies on the CPU."""
-    if table.device.type != "cpu":
-        return None
-    lengths_at, *_ = _sections(n)
-    numbers = table[: lengths_at + n].tolist()
-    return tuple(zip(numbers[:n], numbers[lengths_at:], strict=True))
-
-
-def valid_rows(rows: Rows, total_rows: int) -> Tensor:
-    """Bool (total_rows,): which rows belong to a sequence. Computed on the device, without waiting for it."""
-    marks = torch.zeros(total_rows + 1, dtype=torch.int32, device=rows.starts.device)
-    begin = rows.starts[:-1].long()
-    one = torch.ones_like(rows.lengths)
-    marks.index_add_(0, begin, one)
-    marks.index_add_(0, begin + rows.lengths, -one)
-    return marks[:-1].cumsum(0, dtype=torch.int32) > 0
 
 
 class Packing:
@@ -163,24 +94,24 @@ class Packing:
         sanitize: bool = False,
         check: bool = True,
     ) -> None:
-        _check_offsets("cu_seqlens", cu_seqlens)
-        _check_number("max_seqlen", max_seqlen)
-        _check_number("rows", rows)
+        check_offsets("cu_seqlens", cu_seqlens)
+        check_number("max_seqlen", max_seqlen)
+        check_number("rows", rows)
         starts = cu_seqlens
         if cu_seqlens_padded is not None:
-            _check_offsets("cu_seqlens_padded", cu_seqlens_padded)
+            check_offsets("cu_seqlens_padded", cu_seqlens_padded)
             if cu_seqlens_padded.shape != cu_seqlens.shape or cu_seqlens_padded.device != cu_seqlens.device:
                 raise PackingError(
                     f"cu_seqlens_padded must have cu_seqlens' shape and device, {tuple(cu_seqlens.shape)} on "
                     f"{cu_seqlens.device}; got {tuple(cu_seqlens_padded.shape)} on {cu_seqlens_padded.device}"
                 )
             starts = cu_seqlens_padded
-        known = _read(cu_seqlens, starts) if check or max_seqlen is None else None
+        known = read_offsets(cu_seqlens, starts) if check or max_seqlen is None else None
         lengths: tuple[int, ...] | None = None
         firsts: tuple[int, ...] | None = None
         gaps = True
         if known is not None:
-            _check_values(known, max_seqlen, rows)
+            check_values(known, max_seqlen, rows)
             lengths = tuple(b - a for a, b in zip(known[0], known[0][1:], strict=False))
             firsts = tuple(known[1][:-1])
             if max_seqlen is None:
@@ -248,7 +179,7 @@ class Packing:
             >>> Packing.from_lengths([100, 257, 0, 300], pad_to_multiple_of=64).rows
             768
         """
-        numbers = _whole_numbers(lengths)
+        numbers = whole_numbers(lengths)
         if any(n < 0 for n in numbers):
             raise PackingError(f"lengths must be >= 0, got {numbers}")
         if pad_to_multiple_of < 1:
@@ -258,12 +189,12 @@ class Packing:
         if count < len(numbers):
             raise PackingError(f"max_sequences={max_sequences} is less than the {len(numbers)} lengths given")
         extra = count - len(numbers)
-        cu, starts = _cumulative(numbers + [0] * extra), _cumulative(room + [0] * extra)
+        cu, starts = cumulative(numbers + [0] * extra), cumulative(room + [0] * extra)
         if starts[-1] >= 1 << 31:
             raise PackingError(f"offsets are int32: at most {(1 << 31) - 1} rows, got {starts[-1]}")
         with torch.inference_mode(False):
             both = torch.tensor([cu, starts], dtype=torch.int32, device="cpu")
-        _check_values((cu, starts), max_seqlen, max_rows)
+        check_values((cu, starts), max_seqlen, max_rows)
         if device is not None and torch.device(device).type != "cpu":
             both = both.to(device)
         fixed = not (max_sequences is None and max_rows is None and max_seqlen is None)
@@ -294,7 +225,7 @@ class Packing:
             >>> p.lengths.tolist(), p.valid.tolist()
             ([2, 2], [[False, True, True], [True, True, False]])
         """
-        _check_tensor("mask", mask)
+        check_tensor("mask", mask)
         if mask.ndim != 2:
             raise ShapeError(f"mask must have 2 dims (batch, seq), got shape {tuple(mask.shape)}")
         if mask.is_floating_point() or mask.is_complex():
@@ -308,7 +239,7 @@ class Packing:
         positions = torch.arange(seq, device="cpu")
         run = (positions >= firsts[:, None]) & (positions < (firsts + counts)[:, None])
         lengths = tuple(counts.tolist())
-        cu = torch.tensor(_cumulative(lengths), dtype=torch.int32, device="cpu")
+        cu = torch.tensor(cumulative(lengths), dtype=torch.int32, device="cpu")
         packing = cls.__new__(cls)
         packing.sanitize, packing.check = sanitize, True
         packing.cu_seqlens = _own(cu.to(mask.device))
@@ -339,7 +270,7 @@ class Packing:
             >>> Packing.from_position_ids(torch.tensor([[0, 1, 2, 0, 1]])).lengths.tolist()
             [3, 2]
         """
-        _check_tensor("position_ids", position_ids)
+        check_tensor("position_ids", position_ids)
         if position_ids.ndim not in (1, 2):
             raise ShapeError(f"position_ids must be (rows,) or (batch, seq), got shape {tuple(position_ids.shape)}")
         if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
@@ -446,7 +377,7 @@ class Packing:
             >>> p.pack(torch.tensor([5, 0, 6, 7])).tolist()
             [5, 6, 7]
         """
-        _check_tensor("x", x)
+        check_tensor("x", x)
         flat = x
         if self._shape is not None:
             if tuple(x.shape[:2]) != self._shape:
@@ -465,7 +396,7 @@ class Packing:
             >>> p.unpack(torch.tensor([5, 6, 7])).tolist()
             [5, 0, 6, 7]
         """
-        _check_tensor("x", x)
+        check_tensor("x", x)
         if x.ndim < 1 or x.shape[0] != self.total:
             raise ShapeError(f"unpack needs {self.total} rows, one per real token; got shape {tuple(x.shape)}")
         memory = x.new_zeros(self.rows, *x.shape[1:]).index_copy(0, self._memory_rows(), x)
@@ -477,7 +408,7 @@ class Packing:
         packing.sanitize, packing.check = self.sanitize, self.check
         packing.cu_seqlens, packing.cu_seqlens_padded = _own(self.cu_seqlens), _own(self.cu_seqlens)
         facts = self._facts
-        starts = None if facts.lengths is None else tuple(_cumulative(facts.lengths)[:-1])
+        starts = None if facts.lengths is None else tuple(cumulative(facts.lengths)[:-1])
         rows = None if facts.lengths is None else sum(facts.lengths)
         packing._assemble(Facts(facts.sequences, facts.max_seqlen, rows, False, facts.lengths, starts))
         return packing
@@ -537,8 +468,8 @@ class Packing:
                     "there; make it with a fixed capacity: Packing.from_lengths(..., max_seqlen=...)"
                 )
         missing = mine.sequences - theirs.sequences
-        self.cu_seqlens.copy_(_extended(other.cu_seqlens, missing), non_blocking=True)
-        self.cu_seqlens_padded.copy_(_extended(other.cu_seqlens_padded, missing), non_blocking=True)
+        self.cu_seqlens.copy_(extended(other.cu_seqlens, missing), non_blocking=True)
+        self.cu_seqlens_padded.copy_(extended(other.cu_seqlens_padded, missing), non_blocking=True)
         self._table.copy_(build_table(self.cu_seqlens, self.cu_seqlens_padded, mine.rows))
         if mine.lengths is not None:
             self._facts = Facts(mine.sequences, mine.max_seqlen, mine.rows, mine.gaps)
@@ -582,7 +513,7 @@ class Packing:
         facts = self._facts
         if facts.lengths is not None and facts.starts is not None:
             return facts.lengths, facts.starts
-        cu, starts = _read(self.cu_seqlens, self.cu_seqlens_padded)
+        cu, starts = read_offsets(self.cu_seqlens, self.cu_seqlens_padded)
         return tuple(b - a for a, b in itertools.pairwise(cu)), tuple(starts[:-1])
 
     def relation(self, keys: Packing) -> Relation:
@@ -650,75 +581,3 @@ def _entry_rows(facts: Facts) -> int:
         return -1  # not known here: 4-D tensors then have the first rows of each entry
     pairs = enumerate(zip(facts.starts, facts.lengths, strict=True))
     return size if all(i * size <= s and s + length <= (i + 1) * size for i, (s, length) in pairs) else -1
-
-
-def _check_number(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 0):
-        raise PackingError(f"{name} must be an int >= 0 or None, got {value!r}")
-
-
-def _check_tensor(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise PackingError(f"{name} must be a tensor, got {type(x).__name__}: use torch.tensor({name})")
-
-
-def _whole_numbers(lengths: Any) -> list[int]:
-    """Lengths as ints; whatever else they are is named."""
-    given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-    if not isinstance(given, Iterable) or isinstance(given, str):
-        raise PackingError(f"lengths must be a sequence of ints or a 1-D tensor, got {lengths!r}")
-    try:
-        return [operator.index(n) for n in given]
-    except TypeError:
-        raise PackingError(f"lengths must be integers, got {list(given)!r}") from None
-
-
-def _check_offsets(name: str, offsets: Tensor) -> None:
-    if not isinstance(offsets, Tensor):
-        raise PackingError(
-            f"{name} must be an int32 tensor, got {type(offsets).__name__}: use torch.tensor({name}, dtype=torch.int32)"
-        )
-    if offsets.dtype != torch.int32:
-        raise DtypeError(f"{name} must be int32, got {offsets.dtype}: use {name}.to(torch.int32)")
-    if offsets.ndim != 1 or offsets.numel() < 1:
-        raise PackingError(f"{name} must be 1-D with sequences + 1 entries, got shape {tuple(offsets.shape)}")
-
-
-def _read(cu_seqlens: Tensor, starts: Tensor) -> tuple[list[int], list[int]]:
-    """Both offsets on the host, in one copy."""
-    cu, padded = torch.stack([cu_seqlens, starts]).tolist()
-    return cu, padded
-
-
-def _check_values(known: tuple[list[int], list[int]], max_seqlen: int | None, rows: int | None) -> None:
-    cu, starts = known
-    if cu[0] != 0:
-        raise PackingError(f"cu_seqlens must start at 0, got {cu[0]}")
-    if starts[0] < 0:
-        raise PackingError(f"cu_seqlens_padded must not be negative, got {starts[0]} first")
-    longest = 0
-    for i in range(len(cu) - 1):
-        length, room = cu[i + 1] - cu[i], starts[i + 1] - starts[i]
-        for name, step, values in (("cu_seqlens", length, cu), ("cu_seqlens_padded", room, starts)):
-            if step < 0:
-                raise PackingError(f"{name} must not decrease: entry {i + 1} is {values[i + 1]} after {values[i]}")
-        if room < length:
-            raise PackingError(f"cu_seqlens_padded leaves sequence {i} {room} rows, and it has {length} by cu_seqlens")
-        longest = max(longest, length)
-    if max_seqlen is not None and max_seqlen < longest:
-        raise PackingError(f"max_seqlen is {max_seqlen}, and the longest sequence has {longest} tokens")
-    if rows is not None and rows < starts[-1]:
-        raise PackingError(f"rows is {rows}, and the last sequence ends at row {starts[-1]}")
-
-
-def _cumulative(numbers: Sequence[int]) -> list[int]:
-    total, out = 0, [0]
-    for n in numbers:
-        total += n
-        out.append(total)
-    return out
-
-
-def _extended(offsets: Tensor, missing: int) -> Tensor:
-    """Offsets with empty sequences added at the end."""
-    return torch.cat([offsets, offsets[-1:].expand(missing)]) if missing else offsets

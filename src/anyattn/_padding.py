@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anyattn._call import Rows
 from anyattn._derived import kept
-from anyattn._packing import valid_rows
+from anyattn._rows import valid_rows
 
 Fill = tuple[Tensor, int, float]
 """A tensor, which of its dims counts rows (0, or 1 for lse), and the value that padding gets."""

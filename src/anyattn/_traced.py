@@ -18,9 +18,10 @@ from anyattn import _core, _preparation, _select
 from anyattn._call import Result, Rows, Saved
 from anyattn._environment import flash_override
 from anyattn._errors import PackingError
-from anyattn._packing import Packing, build_table, host_of_table, rows_of_table
+from anyattn._packing import Packing
 from anyattn._preparation import Inputs, Prepared
 from anyattn._request import Meta, Request, Tensors, is_block_mask
+from anyattn._rows import build_table, host_of_table, rows_of_table
 
 _SWAP = {"sbhd": (0, 1), "bhsd": (1, 2)}
 

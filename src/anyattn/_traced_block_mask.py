@@ -14,8 +14,9 @@ from torch import Tensor
 from anyattn import _select
 from anyattn._call import Call, Rows, Spec
 from anyattn._errors import InvalidArgument, PackingError, ShapeError, Unsupported
-from anyattn._packing import Packing, rows_of_table
+from anyattn._packing import Packing
 from anyattn._request import Tensors
+from anyattn._rows import rows_of_table
 from anyattn.backends import ORDER, get
 from anyattn.backends._flex_call import entries_of, run_of
 from anyattn.backends._flex_compiled import attend, kernel_options

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from anyattn._errors import PackingError, Unsupported
-from anyattn._packing import Facts, Packing, build_table
+from anyattn._packing import Facts, Packing
+from anyattn._rows import build_table
 
 
 class Pattern(NamedTuple):
