@@ -45,6 +45,8 @@ class Mesh(NamedTuple):
 
     shape: tuple[int, ...]
     names: tuple[str, ...] | None = None
+    order: tuple[int, ...] | None = None
+    """The ranks as they stand in it; None: ascending."""
 
     @property
     def size(self) -> int:
@@ -318,5 +320,5 @@ def _make(ranks: Ranks, size: int, timeout: float) -> Any:
 
     if isinstance(ranks, int):
         return dist.new_group(list(range(ranks)), timeout=timedelta(seconds=timeout))
-    numbers = torch.arange(ranks.size).view(ranks.shape)
+    numbers = torch.tensor(ranks.order or range(ranks.size)).view(ranks.shape)
     return DeviceMesh("cpu", numbers, mesh_dim_names=ranks.names)

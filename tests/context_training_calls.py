@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import anyattn
 import context_ranks
@@ -169,19 +170,81 @@ def _longer(x: Tensor | None, dim: int, rows: int) -> Tensor | None:
     return torch.cat([x, x.new_zeros(shape)], dim)
 
 
-def refilled_too_early(seat: Seat, comm: str, capacity: Capacity) -> tuple[str | None, str]:
-    """Forward, a refill, and backward: the error's name, and whether the gradients are right."""
+#: How forward may keep what backward needs.
+KEEPING = ("plainly", "on_the_cpu", "recomputed")
+
+
+def refilled_too_early(seat: Seat, comm: str, capacity: Capacity, keeping: str) -> str:
+    """Forward, a refill, and backward: what the error says."""
     cp = anyattn.ContextParallel(seat.group, comm=comm)
-    plan, same = (cp.plan(capacity.packing((40, 20)), num_heads=4) for _ in range(2))
+    plan = cp.plan(capacity.packing((40, 20)), num_heads=4)
     q = torch.randn(plan.rows, 4, 8, dtype=torch.float64, requires_grad=True)
-    wanted = torch.autograd.grad(anyattn.attention(q, q, q, plan=same, backend="reference").square().sum(), q)[0]
-    loss = anyattn.attention(q, q, q, plan=plan, backend="reference").square().sum()
+
+    def attend(x: Tensor) -> Tensor:
+        return anyattn.attention(x, x, x, plan=plan, backend="reference")
+
+    with torch.autograd.graph.save_on_cpu() if keeping == "on_the_cpu" else contextlib.nullcontext():
+        out = checkpoint(attend, q, use_reentrant=False) if keeping == "recomputed" else attend(q)
     plan.copy_(cp.plan(capacity.packing((3, 9, 30)), num_heads=4))
     try:
-        found = torch.autograd.grad(loss, q)[0]
-    except (RuntimeError, anyattn.ContextError) as error:
-        return type(error).__name__, "none"
-    return None, "right" if torch.equal(found, wanted) else "wrong"
+        out.square().sum().backward()
+    except anyattn.ContextError as error:
+        return str(error)
+    return ""
+
+
+def dropped_again(seat: Seat, comm: str, kept: float) -> tuple[float, float]:
+    """A forward without gradients, and one with them for backward: <dout, out> and <v, dv>, this rank's parts.
+
+    Both are the same sum over all ranks where the second forward drops what the first one dropped.
+    """
+    with mock.patch.multiple(_door, LEAST=-1.0), mock.patch.multiple(_estimate, KEPT=kept):
+        plan = anyattn.ContextParallel(seat.group, comm=comm).plan(anyattn.Packing.from_lengths([40, 9, 13]))
+        q, k, v = (torch.randn(plan.rows, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return anyattn.attention(q, k, v, plan=plan, dropout=0.4, backend="reference")
+
+        torch.manual_seed(3)
+        out = checkpoint(attend, q, k, v, use_reentrant=True)
+        weights = torch.randn_like(out)
+        (out * weights).sum().backward()
+        assert v.grad is not None
+        return float((out * weights).sum()), float((v * v.grad).sum())
+
+
+def with_saved_tensors_transposed(seat: Seat, comm: str) -> list[bool]:
+    """Hooks that give back what was saved, with other strides: whether gradients are the same."""
+    plan = anyattn.ContextParallel(seat.group, comm=comm).plan(anyattn.Packing.from_lengths([40, 9, 13]), num_heads=4)
+    leaves = [torch.randn(plan.rows, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def gradients() -> Sequence[Tensor]:
+        out = anyattn.attention(*leaves, plan=plan, backend="reference")
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    wanted = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.detach().transpose(0, -1).contiguous() if x.ndim > 1 else x.detach().clone(),
+        lambda x: x.transpose(0, -1) if x.ndim > 1 else x,
+    ):
+        found = gradients()
+    return [torch.equal(a, b) for a, b in zip(found, wanted, strict=True)]
+
+
+def moved_by_heads(seat: Seat, lengths: tuple[int, ...], multiple: int) -> tuple[int, int]:
+    """Bytes that come from other ranks in forward under a2a, and what the plan says."""
+    plan = anyattn.ContextParallel(seat.group, comm="a2a").plan(
+        anyattn.Packing.from_lengths(lengths), num_heads=6, num_kv_heads=3, head_dim=16, head_dim_v=8,
+        pad_to_multiple_of=multiple,
+    )  # fmt: skip
+    q, k, v = (torch.randn(plan.rows, h, d, dtype=torch.bfloat16) for h, d in ((6, 16), (3, 16), (3, 8)))
+    with mock.patch("anyattn._context._heads.exchange", wraps=exchange) as travels:
+        anyattn.attention(q, k, v, plan=plan, backend="reference")
+    came = 0
+    for _, wire, receive, *_ in (call.args for call in travels.call_args_list):
+        row = wire.element_size() * wire[0].numel()
+        came += (sum(receive) - receive[seat.rank]) * row
+    return came, plan.bytes_moved
 
 
 def keeping(seat: Seat, case: ContextCase, share: float) -> tuple[context_ranks.Found, int, int]:

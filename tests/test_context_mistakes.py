@@ -28,6 +28,7 @@ from anyattn import (
     UnknownBackend,
     Unsupported,
 )
+from anyattn._context._topology import members_of
 
 
 def cp(comm: str = "all_gather", ranks: Any = 4) -> ContextParallel:
@@ -368,3 +369,24 @@ def explained(seat: context_pool.Seat) -> Any:
     """The kernel of this rank's largest call."""
     batch = Batch(seat)
     return anyattn.explain(batch.rows(), batch.rows(), batch.rows(), plan=batch.plan).chosen
+
+
+def members(seat: context_pool.Seat) -> tuple[int, tuple[int, ...]]:
+    """A rank's place, and the ranks by their places."""
+    found = members_of(seat.group)
+    return found.rank, found.ranks
+
+
+def test_ranks_of_a_mesh_are_named_as_its_group_numbers_them(pool: context_pool.Pool) -> None:
+    """Also where they are written backwards."""
+    for rank, (place, ranks) in enumerate(
+        context_pool.values(pool.run(context_pool.Mesh((2,), None, (1, 0)), members))
+    ):
+        assert ranks[place] == rank
+
+
+def test_a_mesh_of_two_dims_whose_ranks_are_disordered_is_refused(pool: context_pool.Pool) -> None:
+    """Groups number their members in order, and places in two dims would not be one to a rank."""
+    mesh = context_pool.Mesh((2, 2), ("p2p", "a2a"), (0, 3, 2, 1))
+    for said in context_pool.failures(pool.run(mesh, members), ContextError):
+        assert re.search(r"\[\[0, 3\], \[2, 1\]\].*init_device_mesh", said), said

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import context_pool
 import context_ranks
+import context_training_calls as calls
 from anyattn import ContextParallel, Packing
 from context_cases import ContextCase, build
 from context_judge import judge
@@ -296,6 +297,13 @@ def test_bytes_moved_are_those_of_remote_keys_that_are_seen(comm: str, placement
     ]
     for plan in plans:
         assert plan.bytes_moved == max(remote) * 2 * (16 + 8) * 2
+
+
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_bytes_moved_where_heads_are_exchanged_are_those_that_travel(pool: context_pool.Pool, multiple: int) -> None:
+    """Padding travels there too."""
+    for moved, said in context_pool.values(pool.run(3, calls.moved_by_heads, (37, 0, 1, 53, 8), multiple)):
+        assert moved == said
 
 
 def test_a_windows_bytes_do_not_grow_with_the_document() -> None:

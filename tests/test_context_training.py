@@ -213,6 +213,14 @@ def test_backward_drops_what_forward_dropped(pool: context_pool.Pool, scheme: st
     assert any(f.differs for f in found)
 
 
+@pytest.mark.parametrize("kept", [-1.0, 1e9], ids=["fetched_again", "kept"])
+@pytest.mark.parametrize("comm", ["p2p", "all_gather", "a2a"])
+def test_a_forward_that_runs_again_drops_the_same(pool: context_pool.Pool, comm: str, kept: float) -> None:
+    """Activation checkpointing runs it first without gradients, and then with them."""
+    parts = values(pool.run(2, calls.dropped_again, comm, kept))
+    assert sum(a for a, _ in parts) == pytest.approx(sum(b for _, b in parts), rel=1e-10)
+
+
 #: Kernels that repeat dropout from a seed that is given, and from a state that forward returned.
 DROPPING: dict[str, dict[str, Any]] = {
     "reference": {},
@@ -322,10 +330,18 @@ def test_auto_never_takes_a_ring_for_a_fixed_capacity() -> None:
         assert fixed("auto", lengths).comm in ("all_gather", "a2a")
 
 
+@pytest.mark.parametrize("keeping", calls.KEEPING)
 @pytest.mark.parametrize("comm", ["all_gather", "a2a"])
-def test_a_refill_before_backward_is_an_error_and_not_a_wrong_gradient(pool: context_pool.Pool, comm: str) -> None:
-    for name, kind in values(pool.run(2, calls.refilled_too_early, comm, ROOM)):
-        assert kind == "right" or name is not None, "gradients are those of another batch"
+def test_a_refill_before_backward_is_an_error_and_not_a_wrong_gradient(
+    pool: context_pool.Pool, comm: str, keeping: str
+) -> None:
+    for said in values(pool.run(2, calls.refilled_too_early, comm, ROOM, keeping)):
+        assert "refilled by copy_() between forward and backward" in said
+
+
+@pytest.mark.parametrize("comm", ["p2p", "all_gather", "a2a"])
+def test_saved_tensors_may_come_back_with_other_strides(pool: context_pool.Pool, comm: str) -> None:
+    assert all(all(found) for found in values(pool.run(2, calls.with_saved_tensors_transposed, comm)))
 
 
 # --- groups of heads -----------------------------------------------------------------------------------------------

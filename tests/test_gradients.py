@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import anyattn
 import cases
@@ -269,11 +271,23 @@ def test_results_may_be_changed_in_place_only_with_an_error() -> None:
     out = anyattn.attention(q, k, v)
     with pytest.raises(RuntimeError, match="inplace"):  # at once where out is a view, else in backward
         out.mul_(2).sum().backward()
+
+
+@pytest.mark.parametrize("kept", ["plainly", "on_the_cpu", "recomputed"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_refilling_a_packing_before_backward_is_an_error(kept: str, biased: bool) -> None:
+    """However forward keeps what backward needs: a copy of the offsets would not tell."""
     packing = Packing.from_lengths([2, 2], max_sequences=3, max_rows=8, max_seqlen=4)
     x = torch.randn(8, 2, 8, requires_grad=True)
-    out = anyattn.attention(x, x, x, packing=packing)
+    sink = torch.zeros(2, requires_grad=True) if biased else None
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return anyattn.attention(x, x, x, packing=packing, sink=sink)
+
+    with torch.autograd.graph.save_on_cpu() if kept == "on_the_cpu" else contextlib.nullcontext():
+        out = checkpoint(attend, x, use_reentrant=False) if kept == "recomputed" else attend(x)
     packing.copy_(Packing.from_lengths([1, 3]))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(anyattn.PackingError, match="refilled by copy_"):
         out.sum().backward()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anyattn import _core
 from anyattn._call import Call, Result, Saved
-from anyattn._errors import Unsupported
+from anyattn._errors import PackingError, Unsupported
 from anyattn._preparation import Inputs, Prepared
 
 
@@ -22,6 +22,8 @@ class Kept(NamedTuple):
     """For one backward."""
     more: bool
     """There are saved tensors of a sink, bias, dropout, ALiBi or a mask."""
+    versions: tuple[int, int] | None
+    """Of the packings' tables, as :func:`_versions` says."""
 
 
 class Attention(torch.autograd.Function):
@@ -42,17 +44,13 @@ class Attention(torch.autograd.Function):
         out, lse, rng, held = _run_kernel(p, x, q, k, v, sink, bias)
         # Hooks (activation checkpointing, offloading) decide what is kept of tensors saved here; a graph keeps all.
         held = None if held is None or _hooks_are_active() else held
-        # The offsets are saved too, so that refilling a Packing before backward is an error and not a wrong gradient.
-        offsets: tuple[Tensor, ...] = ()
-        if x.rows_q is not None and x.rows_k is not None:
-            offsets = (x.rows_q.starts,) if x.rows_q is x.rows_k else (x.rows_q.starts, x.rows_k.starts)
         if sink is None and bias is None and rng is None and x.alibi is None and x.mask is None:
-            ctx.kept = Kept(p, x, held, False)
-            ctx.save_for_backward(q, k, v, out, lse, *offsets)
+            ctx.kept = Kept(p, x, held, False, _versions(x))
+            ctx.save_for_backward(q, k, v, out, lse)
         else:
             kept = x._replace(alibi=None, mask=None)  # those two are saved, where hooks see them
-            ctx.kept = Kept(p, kept, held, True)
-            ctx.save_for_backward(q, k, v, out, lse, sink, bias, rng, x.alibi, x.mask, *offsets)
+            ctx.kept = Kept(p, kept, held, True, _versions(x))
+            ctx.save_for_backward(q, k, v, out, lse, sink, bias, rng, x.alibi, x.mask)
         layout = p.layout
         if not layout.is_identity:
             out = layout.leave(out)
@@ -80,7 +78,12 @@ class Attention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """The work of backward: a gradient, or None, for each argument that forward was given."""
         kept: Kept = ctx.kept
-        p, x, held, more = kept
+        p, x, held, more, versions = kept
+        if versions != _versions(x):
+            raise PackingError(
+                "the packing was refilled by copy_() between forward and backward, which needs it as it was: refill it "
+                "after backward, or make a Packing for each batch that is under way"
+            )
         q, k, v, out, lse, *_ = saved_tensors
         sink, bias, rng, alibi, mask = saved_tensors[5:10] if more else (None,) * 5
         given = len(ctx.needs_input_grad)
@@ -122,6 +125,16 @@ def _run_kernel(
         if p.recorded is not p.spec:
             call = call._replace(spec=p.recorded)
     return _core.forward(p, call, sink)
+
+
+def _versions(x: Inputs) -> tuple[int, int] | None:
+    """Other numbers after a refill of either packing.
+
+    Saved tensors would not tell: hooks may have put copies in their places.
+    """
+    if x.rows_q is None or x.rows_k is None:
+        return None
+    return x.rows_q.table._version, x.rows_k.table._version
 
 
 def _hooks_are_active() -> bool:

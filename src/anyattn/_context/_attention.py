@@ -17,6 +17,7 @@ from anyattn._context._heads import HeadExchange
 from anyattn._context._kernel import Terms
 from anyattn._context._schedule import Answer, Job
 from anyattn._context._tables import Tables
+from anyattn._errors import ContextError
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,8 @@ class ContextAttention(torch.autograd.Function):
         ctx.run, terms = run, run.terms
         kept = part.q, part.k, part.v, part.answer.out, part.answer.lse, *part.answer.keys, *part.answer.rngs
         ctx.like = tuple((x.shape, x.dtype) for x in (q, k, v))
-        # A table of the plan is saved too, so that refilling it before backward is an error and not a wrong gradient.
-        ctx.save_for_backward(sink, bias, terms.alibi, terms.mask, run.job.tables.padding, *kept)
+        ctx.save_for_backward(sink, bias, terms.alibi, terms.mask, *kept)
+        ctx.version = run.job.tables.version
         ctx.kernels, ctx.buffers = part.answer.kernels, len(part.answer.keys)
         return out, lse.float() if run.return_lse and lse is not None else None
 
@@ -64,6 +65,11 @@ class ContextAttention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * 6
         saved = ctx.saved_tensors
+        if ctx.version != ctx.run.job.tables.version:
+            raise ContextError(
+                "the plan was refilled by copy_() between forward and backward, which needs it as it was: refill it "
+                "after backward, or make a plan for each batch that is under way"
+            )
         with torch.no_grad():
             found = _gradients(ctx, saved, dout, dlse)
         if torch.is_grad_enabled():  # create_graph=True
@@ -158,8 +164,8 @@ def _inputs(
 def _gradients(ctx: Any, saved: tuple[Any, ...], dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """The work of backward."""
     run: Run = ctx.run
-    sink, bias, alibi, mask, _, *kept = saved
-    q, k, v, out, lse, *more = kept
+    sink, bias, alibi, mask, *kept = saved
+    q, k, v, out, lse, *more = (x if x is None or x.ndim < 2 or x.stride(-1) == 1 else x.contiguous() for x in kept)
     keys, rngs = tuple(more[: ctx.buffers]), tuple(more[ctx.buffers :])
     part = _Part(q, k, v, Answer(out, lse, rngs, ctx.kernels, keys))
     dsink = torch.zeros_like(sink, dtype=_wide(sink)) if sink is not None and ctx.needs_input_grad[4] else None

@@ -1,7 +1,8 @@
 """Backward of a plan's stages. out and lse are the final ones, so each kernel call only adds.
 
 Keys are fetched again, unless forward kept them. What a unit owes to other ranks sets out as soon as it is known, and
-arrives while the next unit computes; the local stage comes last. Sums are made in float32, and rounded once.
+arrives while the next unit computes; the local stage comes last. Sums are made in float32, and rounded once; what
+travels is rounded to the type of its tensor first.
 """
 
 from __future__ import annotations

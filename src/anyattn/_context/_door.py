@@ -286,12 +286,11 @@ def _run(
     heads = None
     if shape.heads > 1:
         heads = HeadExchange(HeadShares(shape.heads, q.shape[2], k.shape[2]), groups[-1])
-    keep = needs and not alibi and data.keeps((q.shape[2], k.shape[2]), q.shape[3] + v.shape[3])
-    job = Job(
-        tables, options, sequence_group, _groups(plan, batch, q, k, v) if heads is None else 1, keep=keep, dense=dense
-    )
+    few = not alibi and data.keeps((q.shape[2], k.shape[2]), q.shape[3] + v.shape[3])
+    parts = _groups(plan, batch, q, k, v) if heads is None else 1
+    job = Job(tables, options, sequence_group, parts, few=few, keep=few and needs, dense=dense)
     if _seconds(plan, batch, q, v) > LEAST:
-        halves = heads is None and not keep and k.shape[2] % 2 == 0
+        halves = heads is None and not few and k.shape[2] % 2 == 0
         job = replace(job, halves=halves, head_start=head_start_of(sequence_group, q.device))
     slopes = None if t.alibi_slopes is None else t.alibi_slopes.detach()
     assert t.mask is None or isinstance(t.mask, Tensor)

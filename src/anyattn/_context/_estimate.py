@@ -118,24 +118,24 @@ def timed(
     """Seconds and bytes of :func:`quick`; arguments as there."""
     members = sharers(comm, layout.ranks, members)
     others = layout if keys is None else keys
-    fullest = _fullest(layout, members), _fullest(others, members)
+    united = members * layout.rows, members * others.rows
     if keep is None:
         keep = members == 1 and are_kept(
             most_fetched(layout, others, mask), (layout.rows, others.rows), (shape.num_heads, shape.num_kv_heads),
             shape.head_dim + shape.head_dim_v,
         )  # fmt: skip
-    return weighed(loads(layout, mask, members, keys), fullest, members, comm, mask, shape, gpu, keep=keep)
+    return weighed(loads(layout, mask, members, keys), united, members, comm, mask, shape, gpu, keep=keep)
 
 
 def weighed(
-    units: Sequence[Load], fullest: tuple[int, int], members: int, comm: Comm, mask: Mask, shape: Shape, gpu: Gpu,
+    units: Sequence[Load], united: tuple[int, int], members: int, comm: Comm, mask: Mask, shape: Shape, gpu: Gpu,
     *, keep: bool = False,
 ) -> Cost:  # fmt: skip
     """Seconds and bytes from what each unit computes and receives.
 
     Args:
         units: all of them.
-        fullest: the most tokens of a unit, and the most keys.
+        united: rows of a unit, and rows of its keys: where heads are exchanged, padding travels too.
         members: ranks of a unit.
         comm: the scheme.
         mask: which keys a query sees.
@@ -144,7 +144,7 @@ def weighed(
         keep: keys are kept for backward.
     """
     found = scheduled(units, is_ring(comm, mask), heads_of(shape, members), shape, gpu, keep=keep)
-    return combined(found, _exchanged(*fullest, members, shape, gpu))
+    return combined(found, _exchanged(*united, members, shape, gpu))
 
 
 # ---- schedules
@@ -240,24 +240,23 @@ def _ring(
 
 def exchanged(layout: Layout, members: int, shape: Shape, gpu: Gpu, keys: Layout | None = None) -> Cost:
     """What exchanging heads for tokens costs, before and after attention: half of it is hidden, beside computing."""
-    tokens = _fullest(layout, members)
-    return _exchanged(tokens, tokens if keys is None else _fullest(keys, members), members, shape, gpu)
+    return _exchanged(members * layout.rows, members * (layout if keys is None else keys).rows, members, shape, gpu)
 
 
-def _exchanged(tokens: int, key_rows: int, members: int, shape: Shape, gpu: Gpu) -> Cost:
+def _exchanged(rows: int, key_rows: int, members: int, shape: Shape, gpu: Gpu) -> Cost:
     if members == 1:
         return Cost()
     heads = heads_of(shape, members)
-    own = -(-tokens // members)
-    own_keys = -(-key_rows // members)
+    own = rows // members
+    own_keys = key_rows // members
     both = shape.head_dim + shape.head_dim_v
     others = shape.num_heads - heads.query
     forward = (
-        (tokens - own) * heads.query * shape.head_dim + (key_rows - own_keys) * heads.key * both,
+        (rows - own) * heads.query * shape.head_dim + (key_rows - own_keys) * heads.key * both,
         own * others * shape.head_dim_v,
     )
     backward = (
-        (tokens - own) * heads.query * shape.head_dim_v,
+        (rows - own) * heads.query * shape.head_dim_v,
         own * others * shape.head_dim + own_keys * (members - 1) * heads.key * both,
     )
     shown = (1 + gpu.contention) / 2
@@ -267,9 +266,3 @@ def _exchanged(tokens: int, key_rows: int, members: int, shape: Shape, gpu: Gpu)
     ]
     moved = [sum(parts) * shape.itemsize for parts in (forward, backward)]
     return Cost(seconds[0], seconds[1], moved[0], moved[1])
-
-
-def _fullest(layout: Layout, members: int) -> int:
-    """Most tokens of a unit."""
-    held = [sum(end - begin for _, begin, end, _ in own) for own in layout.pieces]
-    return max(sum(held[i : i + members]) for i in range(0, layout.ranks, members))

@@ -37,8 +37,11 @@ class Job:
     """Where results are not merged, the local stage is computed in two parts: what travels has both to hide behind."""
     head_start: int = 0
     """Cycles by which what travels is let begin before a kernel fills the GPU."""
+    few: bool = False
+    """Few keys are fetched: the local stage is one part. Alike with and without a backward, as all that numbers kernel
+    calls must be: a forward that runs again, under activation checkpointing, drops what the first one dropped."""
     keep: bool = False
-    """What arrives in forward is kept for backward, which then fetches nothing."""
+    """What arrives in forward is kept for backward, which then fetches nothing: few keys, and a backward follows."""
     dense: bool = False
     """Terms over (seq_q, seq_k): every call has 4-D tensors."""
 
@@ -94,8 +97,8 @@ def units_of(job: Job, q: Tensor, k: Tensor, *, backward: bool = False) -> list[
 
     Where results are merged, a group of heads runs through all stages before the next one: accumulators in float32 are
     then needed for one group only. Elsewhere the local stage takes all heads at once, or in two parts: in backward,
-    keys arrive during the one, and the last group's gradients travel during the other. Where keys are kept, all of it
-    has gradients to hide.
+    keys arrive during the one, and the last group's gradients travel during the other. Where few keys are fetched, they
+    are kept, and all of it has gradients to hide.
     """
     groups = list(enumerate(head_groups(job, q, k)))
     local, remote = job.tables.local, job.tables.remote
@@ -112,7 +115,7 @@ def units_of(job: Job, q: Tensor, k: Tensor, *, backward: bool = False) -> list[
         return units
     if job.tables.exclusive:
         own, theirs = [u for u in units if u.local], [u for u in units if not u.local]
-        early = 0 if job.keep else len(own) - 1
+        early = 0 if job.few else len(own) - 1
         return own[:early] + theirs + own[early:]
     return [u for i, _ in groups for local in (False, True) for u in units if u.group == i and u.local == local]
 
@@ -120,7 +123,7 @@ def units_of(job: Job, q: Tensor, k: Tensor, *, backward: bool = False) -> list[
 def _local_heads(job: Job, q: Tensor, k: Tensor) -> list[Heads]:
     """The parts of the local stage: as many heads as travel first, or half of them, and all others; or all at once."""
     parts = finest(job, q, k)
-    if job.keep or not job.tables.remote or len(parts) == 1:
+    if job.few or not job.tables.remote or len(parts) == 1:
         return [Heads(slice(0, q.shape[1]), slice(0, k.shape[1]))]
     (_, *others), last = parts, parts[-1]
     return [parts[0], Heads(slice(others[0].q.start, last.q.stop), slice(others[0].k.start, last.k.stop))]

@@ -105,8 +105,8 @@ class _Units:
 
         def weigh(candidate: _Candidate) -> None:
             tokens = max(candidate.shards.tokens)
-            fullest = tokens, self._most_keys if self.apart else tokens
-            cost = weighed(candidate.loads, fullest, members, comm, self.mask, shape, gpu)
+            rows, key_rows = (-(-n // members) * members for n in (tokens, self._most_keys if self.apart else tokens))
+            cost = weighed(candidate.loads, (rows, key_rows), members, comm, self.mask, shape, gpu)
             found.append((cost.forward + cost.backward, len(found), candidate, cost))
 
         for candidate in self._candidates:

@@ -109,6 +109,11 @@ class Tables:
     """All of the above, in the order in which they were made: what is refilled."""
 
     @property
+    def version(self) -> int:
+        """Another number after each refill. Saved tensors do not tell: hooks may have put copies in their places."""
+        return self.padding._version
+
+    @property
     def local(self) -> tuple[StageTables, ...]:
         """Stages that need nothing from others."""
         return tuple(s for s in self.stages if s.stage.local)

@@ -110,10 +110,19 @@ def _of_mesh(mesh: DeviceMesh) -> Members:
         )
     order = [0] if mesh.ndim == 1 else _two_dims(mesh.mesh_dim_names)
     shape = tuple(mesh.size(i) for i in order)
+    table = mesh.mesh.permute(order)
     groups = tuple(mesh.get_group(i) for i in order)
     place = [mesh.get_local_rank(i) for i in order]
     rank = place[0] if len(place) == 1 else place[0] * shape[1] + place[1]
-    ranks = tuple(mesh.mesh.permute(order).flatten().tolist())
+    if mesh.ndim == 1:
+        ranks = tuple(dist.get_process_group_ranks(groups[0]))
+    elif any(bool((table.diff(dim=i) <= 0).any()) for i in (0, 1)):  # seen alike by all ranks
+        raise ContextError(
+            f"the mesh {mesh.mesh.tolist()} has ranks that do not increase along each dim, as process groups number "
+            "their members: make it by init_device_mesh, or of ranks in order"
+        )
+    else:
+        ranks = tuple(table.flatten().tolist())
     return Members(shape, rank, groups, _device(mesh.device_type), ranks)
 
 
