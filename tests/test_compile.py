@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import anyattn
 from anyattn import Packing
+from doubles import pretend
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
@@ -277,3 +278,26 @@ def test_compile_with_inductor(form: str) -> None:
         return anyattn.attention(q.sin(), k, v, causal=True, packing=packing).cos()
 
     compare(function, leaves, "cpu", backend="inductor")
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3", "fa4", "varlen"])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_batches_of_single_rows(backend: str, return_lse: bool) -> None:
+    """Kernels read lse as it lies in memory: where entries are one row long, a flattened view is of other strides."""
+    packing = Packing.from_mask(torch.tensor([[0], [1], [1]]))
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = anyattn.attention(
+            q, k, v, packing=packing, backend=backend, return_lse=return_lse, deterministic=backend != "varlen"
+        )
+        if isinstance(found, Tensor):
+            return found.float().square().sum()
+        return found[0].float().square().sum() + found[1].masked_fill(found[1].isinf(), 0.0).square().sum()
+
+    with pretend("sm90", fa2="2.8.3", fa3="3.0.0", fa4="4.0.0b36"):
+        leaves = [torch.randn(3, 1, 4, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        eager, compiled = (
+            torch.autograd.grad(run(*leaves), leaves)
+            for run in (loss, torch.compile(loss, backend="eager", fullgraph=True))
+        )
+    assert all(map(torch.equal, eager, compiled))

@@ -254,6 +254,43 @@ def test_a_gradient_of_sum_is_expanded_and_taken(target: Target) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_forward_derivatives_are_refused() -> None:
+    """By two backward passes, where the first one's gradient is what is differentiated; and in forward mode."""
+    q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8)
+    with pytest.raises(Unsupported, match="double backward"):
+        torch.autograd.functional.jvp(lambda x: anyattn.attention(x, k, k), q, torch.ones_like(q))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(Unsupported, match="forward-mode"):
+        anyattn.attention(q, k, k)
+
+
+def test_a_sink_that_is_nan_is_seen() -> None:
+    q = torch.randn(1, 4, 2, 8)
+    out = anyattn.attention(q, q, q, sink=torch.tensor([float("nan"), 0.0]))
+    assert out[:, :, 0].isnan().all()
+    assert out[:, :, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.5, requires_grad=True), torch.tensor([0.5, 0.5])], ids=["one", "two"])
+def test_a_tensor_is_no_number_however_often_the_number_was_given(scale: torch.Tensor) -> None:
+    q = torch.randn(1, 4, 2, 8)
+    for _ in range(3):
+        anyattn.attention(q, q, q, scale=0.5)
+    with pytest.raises(anyattn.InvalidArgument, match="scale"):
+        anyattn.attention(q, q, q, scale=scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("window", [(1 << 31, 0), (None, 1 << 31), (10**30, 10**30), (6, 6)], ids=str)
+def test_windows_that_hide_nothing_are_none(window: tuple[int | None, int | None]) -> None:
+    """Kernels add them to positions, in 32 bits."""
+    q, k = torch.randn(1, 6, 2, 8), torch.randn(1, 5, 2, 8)
+    causal = window[1] == 0
+    expected = anyattn.attention(q, k, k, causal=causal)
+    assert torch.equal(anyattn.attention(q, k, k, causal=causal, window=window), expected)
+    x = torch.empty(1, 6, 2, 64, dtype=torch.bfloat16, device="meta")
+    assert anyattn.explain(x, x, x, window=window, on="sm90", backend="torch:cudnn").chosen
+    assert not anyattn.explain(x, x, x, window=(5, 5), on="sm90", backend="torch:cudnn").chosen
+
+
 def test_inputs_are_left_as_they_were(target: Target) -> None:
     case = Case(target, "bshd", scores="sink", dtype=target.capability.dtypes[0], dims="64", asks="lse_grad")
     if not cases.takes(case):

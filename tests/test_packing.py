@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import pickle
 from collections.abc import Callable
@@ -191,6 +192,52 @@ def test_copy_refills_the_packing_of_a_4d_batch() -> None:
         p.copy_(Packing.from_lengths(lengths))
         expected = anyattn.attention(x, x, x, packing=Packing.from_lengths(lengths))
         assert torch.equal(anyattn.attention(x, x, x, packing=p), expected)
+
+
+def right_aligned() -> Packing:
+    """Two sequences of two tokens, last in entries of four rows."""
+    return Packing(cu([2, 2]), torch.tensor([2, 6, 8], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_copy_keeps_tokens_in_their_rows_of_entries(compiled: bool) -> None:
+    """Or refuses 4-D tensors: they are not first in their entries."""
+    q = torch.randn(2, 4, 1, 8)
+
+    def attend(x: torch.Tensor, p: Packing) -> torch.Tensor:
+        return anyattn.attention(x, x, x, packing=p)
+
+    run = torch.compile(attend, backend="eager", fullgraph=True) if compiled else attend
+    expected = attend(q, right_aligned())
+    same, roomy = right_aligned(), Packing.from_lengths([1, 1], max_rows=8, max_seqlen=4)
+    run(q, same)
+    same.copy_(right_aligned())
+    assert torch.equal(run(q, same), expected)
+    roomy.copy_(right_aligned())
+    with pytest.raises(PackingError, match=r"first rows of each entry.*elsewhere"):
+        run(q, roomy)
+    assert torch.equal(run(q.flatten(0, 1), roomy), expected.flatten(0, 1))
+
+
+def test_copy_refuses_what_its_4d_batches_would_read_wrongly() -> None:
+    q = torch.randn(2, 4, 1, 8)
+    roomy, placed = Packing.from_lengths([1, 1], max_rows=8, max_seqlen=4), right_aligned()
+    for p in (roomy, placed):
+        anyattn.attention(q, q, q, packing=p)
+    with pytest.raises(PackingError, match="other rows of the entries"):
+        roomy.copy_(right_aligned())
+    with pytest.raises(PackingError, match="other rows of the entries"):
+        placed.copy_(Packing.from_lengths([2, 1]))
+    with pytest.raises(PackingError, match="sanitize"):
+        roomy.copy_(Packing.from_lengths([2, 1], sanitize=True))
+
+
+def test_a_copy_of_a_packing_has_tensors_of_its_own() -> None:
+    p = Packing.from_lengths([3, 1], max_rows=8, max_seqlen=4)
+    other, x = copy.copy(p), torch.randn(8, 1, 8)
+    expected = anyattn.attention(x, x, x, packing=p)
+    p.copy_(Packing.from_lengths([1, 4]))
+    assert torch.equal(anyattn.attention(x, x, x, packing=other), expected)
 
 
 def test_copy_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,7 @@ def attention(
             q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
             q.__class__, k.__class__, v.__class__,
             torch.is_grad_enabled() and (q.requires_grad, k.requires_grad, v.requires_grad),
+            causal.__class__, scale.__class__, softcap.__class__, dropout.__class__,  # a tensor equals a number
             causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse,
             torch.are_deterministic_algorithms_enabled(), _select.default_preference(),
             _any_autocast() and autocast_dtype(q.device.type), _flash_override(),

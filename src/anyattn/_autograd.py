@@ -68,7 +68,7 @@ class Attention(torch.autograd.Function):
         with torch.no_grad():  # create_graph=True
             found = Attention.gradients(ctx, saved, dout, dlse)
         leaves = (*saved[:3], *saved[5:7]) if ctx.kept.more else saved[:3]
-        anchors = [x for x in leaves if x is not None and x.requires_grad]
+        anchors = [x for x in (*leaves, dout, dlse) if x is not None and x.requires_grad]
         once: Any = NoSecondBackward.apply
         return tuple(None if g is None else once(g, *anchors) for g in found)
 

@@ -97,7 +97,7 @@ def apply_sink(out: Tensor, lse: Tensor, sink: Tensor, *, in_place: bool = True)
     """Let one more logit without a value join a softmax. A row that sees no key gets the sink's lse."""
     logit = sink.detach().to(lse.dtype)[:, None]
     total = torch.logaddexp(lse, logit)
-    share = torch.exp(lse - total).nan_to_num_(0.0)  # -inf - -inf: nothing seen and a sink of -inf
+    share = torch.exp(lse - total).masked_fill_(~lse.isfinite(), 0.0)  # nothing seen, or padding; not a sink of NaN
     factor = _per_row(share)  # the product is computed in its precision, and rounded once
     return out.mul_(factor) if in_place else (out * factor).to(out.dtype), total
 

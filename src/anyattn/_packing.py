@@ -28,6 +28,9 @@ from anyattn._offsets import (
 from anyattn._problem import Relation
 from anyattn._rows import build_table, host_of_table, rows_of_table, valid_rows
 
+#: In place of the rows of an entry: a refill put tokens elsewhere than first in the entries of a batch.
+ELSEWHERE = -2
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -84,6 +87,9 @@ class Packing:
         >>> p.valid.tolist()
         [True, True, True, False, True, True, False, False]
     """
+
+    #: A call with 4-D tensors has found that these offsets speak of its rows.
+    _taken_as_it_is = False
 
     def __init__(
         self,
@@ -431,7 +437,7 @@ class Packing:
         other.cu_seqlens, other.cu_seqlens_padded = move(self.cu_seqlens), move(self.cu_seqlens_padded)
         other._table = move(self._table)
         other._holes = None if self._holes is None else move(self._holes)
-        other._entries = {}
+        other._entries, other._taken_as_it_is = {}, False
         other._set_rows()
         return other
 
@@ -444,9 +450,12 @@ class Packing:
         Raises:
             PackingError: it does not fit, or it has padding and this one was made without.
 
-        Derived tensors are refilled too. Nothing waits for the device.
+        Derived tensors are refilled too. Nothing waits for the device. With 4-D tensors the new batch is what it would
+        be by itself; that is an error where its tokens are not in those rows of the entries that this packing has.
         """
         mine, theirs = self._facts, other._facts
+        if other.sanitize and not self.sanitize:
+            raise PackingError("copy_: the new batch wants sanitize=True, and this packing was made without")
         for name in ("sequences", "max_seqlen", "rows"):
             limit = getattr(mine, name)
             wanted = None if limit is None else getattr(other, name if name != "sequences" else "num_sequences")
@@ -468,16 +477,38 @@ class Packing:
                     "there; make it with a fixed capacity: Packing.from_lengths(..., max_seqlen=...)"
                 )
         missing = mine.sequences - theirs.sequences
+        entry_rows = self._entry_rows_after(other, missing)
+        if entry_rows != self._entry_rows and (self._taken_as_it_is or (entry_rows == ELSEWHERE and self._entries)):
+            raise PackingError(
+                "copy_: this packing was used with 4-D tensors, and the new batch has its tokens in other rows of the "
+                "entries: refill it with a packing made in the same way, or make a new one"
+            )
         self.cu_seqlens.copy_(extended(other.cu_seqlens, missing), non_blocking=True)
         self.cu_seqlens_padded.copy_(extended(other.cu_seqlens_padded, missing), non_blocking=True)
         self._table.copy_(build_table(self.cu_seqlens, self.cu_seqlens_padded, mine.rows))
         if mine.lengths is not None:
             self._facts = Facts(mine.sequences, mine.max_seqlen, mine.rows, mine.gaps)
-            self._entry_rows = _entry_rows(self._facts)
+        self._entry_rows = entry_rows
         self._set_rows()
         for (batch, seq), entry in self._entries.items():
             entry.copy_(self._right_padded(batch, seq))
         return self
+
+    def _entry_rows_after(self, other: Packing, missing: int) -> int:
+        """What ``_entry_rows`` is after a refill that adds so many empty sequences."""
+        size, facts = other._entry_rows, other._facts
+        if size == self._entry_rows and not (size > 0 and missing):
+            return size
+        if size < 0:
+            return size
+        if facts.starts is None or facts.lengths is None:
+            return ELSEWHERE
+        first = all(s == i * size for i, (s, n) in enumerate(zip(facts.starts, facts.lengths, strict=True)) if n)
+        return -1 if first else ELSEWHERE
+
+    def __copy__(self) -> Packing:
+        """Its own tensors: refilling one leaves the other as it is."""
+        return self._with(lambda t: t.clone())
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -546,7 +577,9 @@ class Packing:
         if self._shape is not None:
             raise PackingError(f"the packing was made from a mask of shape {self._shape}, the batch is {(batch, seq)}")
         if facts.rows == batch * seq and self._entry_rows == seq:
+            self._taken_as_it_is = True
             return self
+        check_entries(self._entry_rows)
         if (batch, seq) not in self._entries:
             self._entries[batch, seq] = self._right_padded(batch, seq)
         return self._entries[batch, seq]
@@ -581,3 +614,16 @@ def _entry_rows(facts: Facts) -> int:
         return -1  # not known here: 4-D tensors then have the first rows of each entry
     pairs = enumerate(zip(facts.starts, facts.lengths, strict=True))
     return size if all(i * size <= s and s + length <= (i + 1) * size for i, (s, length) in pairs) else -1
+
+
+def check_entries(entry_rows: int) -> None:
+    """Refuse 4-D tensors where a refill has put tokens elsewhere than first in their entries.
+
+    Raises:
+        PackingError: it has.
+    """
+    if entry_rows == ELSEWHERE:
+        raise PackingError(
+            "with 4-D tensors, a packing of this kind has the first rows of each entry, and it was refilled by copy_() "
+            "with a batch whose tokens lie elsewhere: make a packing of that batch, or use layout='thd'"
+        )

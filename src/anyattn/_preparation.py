@@ -61,8 +61,8 @@ class Layout:
         return x.transpose(0, 1) if self.name == "sbhd" else x
 
     def enter_lse(self, x: Tensor) -> Tensor:
-        """(B, H, S) to (H, T), where entries are flattened."""
-        return x.transpose(0, 1).flatten(1, 2) if self.flattened else x
+        """(B, H, S) to (H, T), where entries are flattened; kernels read it as it lies in memory."""
+        return x.transpose(0, 1).flatten(1, 2).contiguous() if self.flattened else x
 
     def leave_lse(self, x: Tensor) -> Tensor:
         """(H, T) to (B, H, S), where entries are flattened."""
@@ -129,9 +129,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _sides(request: Request) -> tuple[int | None, int | None]:
-    """(left, right), causality folded in."""
-    left, right = request.window or (None, None)
+def _sides(request: Request, sizes: Sizes) -> tuple[int | None, int | None]:
+    """(left, right), causality folded in; as far as any row is from another is unbounded, and no kernel's int32."""
+    far = max(sizes.seq_q, sizes.seq_k)
+    left, right = (None if side is None or side >= far else side for side in request.window or (None, None))
     if request.causal:
         right = 0
     return left, right
@@ -139,7 +140,7 @@ def _sides(request: Request) -> tuple[int | None, int | None]:
 
 def describe_problem(request: Request, sizes: Sizes, arch: int) -> Problem:
     """The kind of call, for choosing."""
-    left, right = _sides(request)
+    left, right = _sides(request, sizes)
     packed = request.packing is not None
     seq_q, seq_k = sizes.seq_q, sizes.seq_k
     relation: Any = "equal" if seq_q == seq_k else ("keys_longer" if seq_k > seq_q else "any")
@@ -311,7 +312,7 @@ def _settle(request: Request, sizes: Sizes, problem: Problem, explanation: Expla
 
 
 def _spec(request: Request, sizes: Sizes, problem: Problem, core_sink: bool) -> Spec:
-    left, right = _sides(request)
+    left, right = _sides(request, sizes)
     return Spec(
         scale=sizes.head_dim**-0.5 if request.scale is None else float(request.scale),
         softcap=float(request.softcap or 0.0),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 
 from anyattn._errors import Unsupported
 from anyattn._packing import Packing
@@ -111,6 +112,8 @@ def refuse_transforms() -> None:
             "attention() does not run under torch.func transforms (vmap, grad, jvp, ...): use torch.autograd, and a "
             "batch dim in place of vmap"
         )
+    if _forward_ad._current_level >= 0:
+        raise Unsupported("attention() has no forward-mode derivatives (torch.autograd.forward_ad): use backward ones")
 
 
 def as_tuple(value: Any) -> Any:

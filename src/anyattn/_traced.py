@@ -18,7 +18,7 @@ from anyattn import _core, _preparation, _select
 from anyattn._call import Result, Rows, Saved
 from anyattn._environment import flash_override
 from anyattn._errors import PackingError
-from anyattn._packing import Packing
+from anyattn._packing import Packing, check_entries
 from anyattn._preparation import Inputs, Prepared
 from anyattn._request import Meta, Request, Tensors, is_block_mask
 from anyattn._rows import build_table, host_of_table, rows_of_table
@@ -143,6 +143,7 @@ def _packing_key(q: Tensor, table: Tensor | None, sizes: list[int]) -> tuple[Any
                 f"with 4-D tensors sequence i lies in batch entry i: the packing has {sequences} sequences of up to "
                 f"{longest}, the batch {q.shape[0]} entries of {q.shape[1]}"
             )
+        check_entries(entry_rows)
         in_place = rows == q.shape[0] * q.shape[1] and entry_rows == q.shape[1]
         rows, gaps = q.shape[0] * q.shape[1], gaps if in_place else True
         bound = min(bound, q.shape[1])

@@ -14,7 +14,7 @@ from torch import Tensor
 from anyattn import _select
 from anyattn._call import Call, Rows, Spec
 from anyattn._errors import InvalidArgument, PackingError, ShapeError, Unsupported
-from anyattn._packing import Packing
+from anyattn._packing import Packing, check_entries
 from anyattn._request import Tensors
 from anyattn._rows import rows_of_table
 from anyattn.backends import ORDER, get
@@ -117,6 +117,7 @@ def _rows(x: Tensor, packing: Packing | None) -> Rows | None:
         or (facts.rows == x.shape[0] * x.shape[1] and packing._entry_rows == x.shape[1])
     ):
         return rows
+    check_entries(packing._entry_rows)
     starts = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
     return Rows(rows.table, starts, rows.lengths, starts, starts, facts.max_seqlen, True, None)
 

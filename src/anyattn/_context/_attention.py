@@ -73,7 +73,7 @@ class ContextAttention(torch.autograd.Function):
         with torch.no_grad():
             found = _gradients(ctx, saved, dout, dlse)
         if torch.is_grad_enabled():  # create_graph=True
-            anchors = [x for x in saved if x is not None and x.requires_grad]
+            anchors = [x for x in (*saved, dout, dlse) if x is not None and x.requires_grad]
             once: Any = NoSecondBackward.apply
             return tuple(None if g is None else once(g, *anchors) for g in found)
         return found

@@ -327,7 +327,8 @@ def _as_of_own(held: _Held, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor
     delta r times the final delta.
     """
     assert held.lse is not None
-    ratio = torch.exp(held.lse.detach() - lse).nan_to_num_(0.0)  # -inf - -inf: nothing is seen
+    mine = held.lse.detach()
+    ratio = torch.exp(mine - lse).masked_fill_(~mine.isfinite(), 0.0)  # nothing is seen
     own = (dout * ratio.unsqueeze(-1)).to(dout.dtype)
     delta = (dout.float() * out.float()).sum(-1)
     if dlse is not None:
