@@ -155,6 +155,11 @@ def refused(seat: Seat, comm: str, wrong: str) -> None:
     elif wrong == "entries":
         arguments = {"attn_mask_type": "padding"}
         arguments["cu_seqlens_q"] = arguments["cu_seqlens_kv"] = te_cases.offsets((4, 4))
+    elif wrong in ("own mask", "short mask", "long mask"):
+        width = {"own mask": 8, "short mask": 12, "long mask": 24}[wrong]
+        hidden = torch.zeros(1, 1, 1, width, dtype=torch.bool)
+        hidden[..., 16:] = True
+        arguments = {"attn_mask_type": "padding", "attention_mask": hidden}
     elif wrong == "long entry":
         arguments = {"attn_mask_type": "padding"}
         arguments["cu_seqlens_q"] = arguments["cu_seqlens_kv"] = te_cases.offsets((40,))

@@ -144,6 +144,9 @@ WRONG = [
     ("p2p", "entries", "2 sequences, and the batch has 1 entries"),
     ("p2p", "long entry", "has 40 tokens, and an entry 16 rows over all ranks"),
     ("p2p", "policies", "thd_attention_policies under context parallelism"),
+    ("p2p", "own mask", r"attention_mask speaks of .* \(1, 8\), and the batch has \(1, 16\) over all ranks"),
+    ("all_gather", "short mask", r"\(1, 12\), and the batch has \(1, 16\) over all ranks"),
+    ("a2a", "long mask", r"\(1, 24\), and the batch has \(1, 16\) over all ranks"),
 ]
 
 

@@ -280,6 +280,25 @@ def test_attention_computed_again_drops_the_same(tracked: bool) -> None:
         assert torch.equal(plainly, recomputed)
 
 
+@pytest.mark.parametrize("what", ["bias", "slopes", "sink"])
+def test_what_is_written_to_before_it_is_computed_again_is_an_error(what: str) -> None:
+    """As it is where attention is computed once."""
+    module, (q, k, v) = plain(softmax_type="learnable")
+    bias, slopes = torch.randn(1, 2, 6, 6), torch.rand(2)
+    terms: dict[str, dict[str, Any]] = {
+        "bias": {"core_attention_bias_type": "post_scale_bias", "core_attention_bias": bias},
+        "slopes": {"core_attention_bias_type": "alibi", "alibi_slopes": slopes},
+        "sink": {},
+    }
+    assert module.softmax_offset is not None
+    written = {"bias": bias, "slopes": slopes, "sink": module.softmax_offset}[what]
+    out = module(q.requires_grad_(), k, v, checkpoint_core_attention=True, **terms[what])
+    with torch.no_grad():
+        written.mul_(3).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.square().sum().backward()
+
+
 def test_attention_that_is_computed_again_keeps_only_its_inputs() -> None:
     module, _ = plain(seq=64)
     kept = []
@@ -782,3 +801,49 @@ def test_a_strategy_by_its_name_elsewhere() -> None:
     assert module.load_balancing_strategy is CPLoadBalancingStrategy.NO_LOAD_BALANCE
     with pytest.raises(anyattn.ContextError, match="DUAL_CHUNK_SWAP, NO_LOAD_BALANCE"):
         module.set_context_parallel_group(None, None, None, load_balancing_strategy="zigzag")
+
+
+@pytest.mark.parametrize("kind", ["padding", "padding_causal", "padding_causal_bottom_right"])
+def test_queries_and_keys_of_equal_lengths_in_entries_of_other_sizes(kind: str) -> None:
+    """Whether lengths are equal is the batch's matter, and must not make a call fail."""
+    module, _ = plain(attn_mask_type=kind, attention_type="cross")
+    q, keys = torch.randn(2, 5, 2, 8), torch.randn(2, 3, 2, 8)
+    found = []
+    for lengths in ((3, 2), (3, 1)):
+        of_keys = te_cases.offsets(lengths)
+        found.append(module(q, keys, keys, cu_seqlens_q=te_cases.offsets((3, 2)), cu_seqlens_kv=of_keys))
+    assert torch.equal(found[0][0], found[1][0])  # the first entry is the same in both
+    without = {"padding": "no_mask"}.get(kind, kind.removeprefix("padding_"))
+    alone = module(q[1:, :2], keys[1:, :2], keys[1:, :2], attn_mask_type=without)
+    torch.testing.assert_close(found[0][1, :2], alone[0])
+    assert not found[0][1, 2:].any()
+
+
+def hole(rows: int = 6) -> Tensor:
+    """A padding mask of two entries, one with padding amid its tokens."""
+    mask = torch.zeros(2, 1, 1, rows, dtype=torch.bool)
+    mask[0, ..., 2] = True
+    return mask
+
+
+REFUSED_HOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "cross": ({"attention_type": "cross"}, {"attention_mask": (hole(), hole())}),
+    "cross, in keys": ({"attention_type": "cross"}, {"attention_mask": (torch.zeros_like(hole()), hole())}),
+    "bias": (
+        {},
+        {
+            "attention_mask": hole(),
+            "core_attention_bias_type": "post_scale_bias",
+            "core_attention_bias": torch.zeros(1, 1, 6, 6),
+        },
+    ),
+    "max_logit": ({"return_max_logit": True}, {"attention_mask": hole()}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_HOLES)
+def test_padding_amid_tokens_goes_with_self_attention_alone(name: str) -> None:
+    made, called = REFUSED_HOLES[name]
+    module, tensors = plain(attn_mask_type="padding", **made)
+    with pytest.raises(anyattn.PackingError, match="attn_mask_type='arbitrary'"):
+        module(*tensors, **called)

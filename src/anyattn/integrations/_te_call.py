@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anyattn._context._plan import ContextPlan
-from anyattn._errors import InvalidArgument, Unsupported
+from anyattn._errors import InvalidArgument, PackingError, Unsupported
 from anyattn._packing import Packing
 from anyattn.integrations import _te_context, _te_rows
 from anyattn.integrations._te_context import CPLoadBalancingStrategy, Ranks, Room, Side
@@ -141,8 +141,27 @@ def _alone(call: Call) -> Settled:
     call = _aligned(call, rows)
     arguments = _arguments(call) | {"layout": call.layout}
     if rows is not None:
-        arguments |= {"packing": rows.queries, "packing_kv": rows.keys}
+        if rows.keys is not None or call.bias is not None:
+            check_runs(rows.queries, rows.keys)
+        _, rows_q, rows_k = call.sizes
+        # Entries of other sizes are another packing, whatever their lengths.
+        apart = rows.keys is None and call.layout != "thd" and rows_q != rows_k
+        arguments |= {"packing": rows.queries, "packing_kv": rows.queries if apart else rows.keys}
     return Settled(call.q, call.k, call.v, arguments, _same, lambda: _largest_alone(call, rows))
+
+
+def check_runs(*packings: Packing | None) -> None:
+    """Refuse padding amid the tokens of an entry where there is more than self-attention.
+
+    Raises:
+        PackingError: it is there.
+    """
+    if any(packing is not None and packing._holes is not None for packing in packings):
+        raise PackingError(
+            "attention_mask has padding between the tokens of an entry, which goes with self-attention alone: not with "
+            "cross-attention, core_attention_bias or return_max_logit. Say it by attn_mask_type='arbitrary' and a mask "
+            "of (batch, 1, seq_q, seq_kv), or move padding to an end"
+        )
 
 
 def _same(x: Tensor) -> Tensor:

@@ -151,8 +151,13 @@ def entry_rooms(packing: Packing, entries: int, rows: int) -> tuple[Room, ...]:
     """Of a batch of entries of so many rows each, flattened: one sequence in each.
 
     Raises:
-        PackingError: another number of sequences, or one that is longer than its entry.
+        PackingError: another number of sequences, one that is longer than its entry, or a mask of other entries.
     """
+    if packing._shape not in (None, (entries, rows)):
+        raise PackingError(
+            f"attention_mask speaks of (batch, rows) {packing._shape}, and the batch has {(entries, rows)} over all "
+            "ranks: pass the mask of the whole sequences on every rank, not that of its own rows"
+        )
     lengths, starts = packing.host_lengths()
     if len(lengths) != entries:
         raise PackingError(f"{len(lengths)} sequences, and the batch has {entries} entries: one lies in each")

@@ -25,6 +25,7 @@ from anyattn.integrations._layout import (
 from anyattn.integrations._transformers_decoding import SEEN, read_decoding, reads_now
 from anyattn.integrations._transformers_masks import CHUNKS, PLAIN_PATTERN, Facts, traced_pattern
 from anyattn.integrations._transformers_memory import Same, documents_at, once, watched
+from anyattn.integrations._transformers_models import HEEDED, SILENT, choose, refuse_unread, with_sinks
 from anyattn.integrations._transformers_packed import (
     Offsets,
     check_covers,
@@ -35,7 +36,7 @@ from anyattn.integrations._transformers_packed import (
 )
 from anyattn.integrations._transformers_said import Said, read
 from anyattn.integrations._transformers_settled import OWN, Settled, find, given, keep
-from anyattn.integrations._transformers_traced import traced_documents
+from anyattn.integrations._transformers_traced import apart, traced_documents
 
 without_masks: set[str] = set()
 """Backends of which no kernel takes a mask tensor; those that are registered by name."""
@@ -70,29 +71,34 @@ def attention_forward(
         attention_mask: None, 2-D with true for real tokens, 4-D bool or additive, or a BlockMask.
         dropout: of attention weights.
         scaling: of the scores.
-        is_causal: overrides mask and module.
+        is_causal: overrides the module, where no mask of the mask function's says it.
         sliding_window: keys that a query sees, its own included.
         softcap: of the scores.
         s_aux: (num_heads,) sink logits.
         position_bias: added to the scores.
         deterministic: bitwise repeatable.
         backend: as ``anyattn.attention`` takes it.
-        **options: ``position_ids``, ``packing``, ``packing_kv``, ``cu_seq_lens_q`` and its kin; others are not
-            attention's.
+        **options: ``position_ids``, ``packing``, ``packing_kv``, ``cu_seq_lens_q`` and its kin; ``indices`` or
+            ``block_indices``, a choice of keys; ``sinks``, (batch, num_heads, seq_q, 1), a logit more in each row.
 
     Returns:
         (batch, seq_q, num_heads, head_dim_v), and None for the weights, which are never computed.
 
     Raises:
-        Unsupported: ``output_attentions``, keys in pages, or a mask in a compiled region for a backend without.
+        Unsupported: ``output_attentions``, keys in pages, a keyword argument of the layer's own that is not known here,
+            or a mask in a compiled region for a backend without.
         PackingError: sources of packing that disagree, or that do not cover the tokens.
         ShapeError: a mask of another batch size.
     """
-    refuse(module, options)
+    refuse(module, options, HEEDED)
     (batch, _, queries, _), rows = query.shape, key.shape[2]
+    compiling, chosen = torch.compiler.is_compiling(), False
+    if "indices" in options or "block_indices" in options:
+        whole = _apart(attention_mask, Shape(batch, queries, rows), options)
+        attention_mask = choose(module, query.shape, whole, options)
+        chosen = attention_mask is not whole
     settled = said = pack_on = None
-    compiling = torch.compiler.is_compiling()
-    if position_bias is None and not compiling:
+    if position_bias is None and not compiling and not chosen:
         pack_on = query.device if backend.__class__ is str and backend in packed_only else None
         numbers = batch, queries, rows, is_causal, sliding_window, getattr(module, "is_causal", True), pack_on
         if not reads_now(attention_mask):  # else this call stands alone
@@ -125,18 +131,31 @@ def attention_forward(
         if bias is not None:
             raise Unsupported("a position_bias or 4-D mask does not go with several documents per row: pad instead")
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    out = attention(
+    sinks = options.get("sinks")
+    with_lse: Any = sinks is not None
+    out: Any = attention(
         q, k, v, causal=causal, window=window, scale=scaling, softcap=softcap or None, sink=s_aux, bias=bias,
         mask=mask, dropout=dropout, packing=packing, packing_kv=packing_kv, deterministic=deterministic,
-        backend=backend,
+        backend=backend, return_lse=with_lse,
     )  # fmt: skip
+    if sinks is not None:
+        out = with_sinks(out[0], out[1], sinks)
+    out = out.contiguous()  # as every eager attention's is: a few models view it
     if not flat:
         return out, None
     return out[None] if batch == 1 else out.unflatten(0, (batch, queries)), None
 
 
-def refuse(module: torch.nn.Module, options: dict[str, Any]) -> None:
-    """Refuse what no kernel does, asked for by an argument or by the layer's config."""
+def refuse(module: torch.nn.Module, options: dict[str, Any], heeded: frozenset[str] = frozenset()) -> None:
+    """Refuse what no kernel does, asked for by an argument or by the layer's config.
+
+    Args:
+        module: the layer.
+        options: keyword arguments of its call.
+        heeded: those of a few models that are read.
+    """
+    if not SILENT.issuperset(options):
+        refuse_unread(module, options, heeded)
     if options.get("cache") is not None or options.get("block_table") is not None:
         raise Unsupported("continuous batching keeps keys in pages, which anyattn does not read: use generate()")
     weights = options.get("output_attentions")
@@ -228,6 +247,12 @@ def _with_whole_mask(mask: Any, keys: int, position_bias: Tensor | None) -> tupl
     return mask, position_bias
 
 
+def _apart(mask: Any, shape: Shape, options: dict[str, Any]) -> Any:
+    """The mask function's own mask in a compiled region, with documents apart, before keys are chosen; or any other."""
+    documents = None if traced_pattern(mask) is None else apart(mask, shape, options.get("position_ids"))
+    return mask if documents is None else documents
+
+
 def _from_whole_mask(said: Said) -> Settled:
     """A complete mask counts as it is, or as lengths where the mask function made it for a decoding step."""
     mask, shape = said.whole, said.shape
@@ -241,10 +266,10 @@ def _from_whole_mask(said: Said) -> Settled:
             "the last ones only; pass a mask of those, or a 2-D mask, from which each layer takes its part"
         )
     if torch.compiler.is_compiling():
-        if mask.dtype == torch.bool:  # models that keep positions from the mask function leak documents there
-            documents = traced_documents(shape, Pattern(causal=False), said.options.get("position_ids"))
+        if traced_pattern(mask) is not None:  # models that keep positions from the mask function leak documents there
+            documents = apart(mask, shape, said.options.get("position_ids"))
             if documents is not None:
-                return Settled(mask=mask[..., : shape.keys] & documents, keys=shape.keys)
+                return Settled(mask=documents, keys=shape.keys)
         return Settled(whole=mask, keys=shape.keys)
     row = None if said.position_bias is not None else read_decoding(mask, shape, said.layer)
     if row is not None:

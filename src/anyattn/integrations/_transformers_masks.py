@@ -8,7 +8,8 @@ that turns out not to be compiled.
 
 What is returned is a 2-D tensor, because that is what passes through ``generate`` and gradient checkpointing unharmed:
 bool, True for a real token, or integers, 0 for padding and else the number of the token's chunk. It counts from the
-very first token, so it may be handed in again.
+very first token to the last key that holds something, so it may be handed in again. A mask comes back where nothing is
+masked too: some models say of layers with a causal mask that they are not causal, and mean that their mask says it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from anyattn._errors import PackingError, ShapeError
 from anyattn.integrations._layout import Layout, Pattern, Shape, documents_of, lay_out, may_restart, several
 from anyattn.integrations._transformers_decoding import note_decoding
 from anyattn.integrations._transformers_memory import documents_at
+from anyattn.integrations._transformers_models import as_added, need_of_mask
 
 _ATTRIBUTE = "_anyattn_facts"
 _TRACED = "_anyattn_traced"
+_NOTED = "_anyattn_noted"
 #: The positions that came with the mask that is asked for next. transformers keeps them from its mask functions where
 #: there is a cache or a 2-D mask.
 positions_given: ContextVar[Tensor | None] = ContextVar("positions_given", default=None)
@@ -55,11 +58,50 @@ class Facts:
     """int64 (B,) on the CPU: the key row of each sequence's first token, where the pattern has chunks."""
     looked: bool = False
     """Positions were looked at: without ``documents`` there is one per entry."""
+    version: int | None = None
+    """Of the mask that these are facts of; None: it does not say when it is written to."""
+
+    @property
+    def plain(self) -> bool:
+        """Nothing is masked but by the pattern."""
+        return self.real is None and self.documents is None
+
+
+class Noted(NamedTuple):
+    """What holds of a 2-D mask of the mask function's whatever its values are, and in compiled regions too."""
+
+    causal: bool
+    window: int | None
+    plain: bool
+    """The two above are all that it said when it was made, and all keys of its layers hold something."""
 
 
 def facts_of(mask: Tensor) -> Facts | None:
-    """What the mask function noted on a mask."""
-    return None if torch.compiler.is_compiling() else getattr(mask, _ATTRIBUTE, None)
+    """What the mask function noted on a mask that was not written to since."""
+    if torch.compiler.is_compiling():
+        return None
+    facts: Facts | None = getattr(mask, _ATTRIBUTE, None)
+    return None if facts is None or facts.version != version_of(mask) else facts
+
+
+def noted_on(mask: Tensor) -> Noted | None:
+    """What the mask function noted for compiled regions and for masks that are written to; None: not its mask."""
+    found: Noted | None = getattr(mask, _NOTED, None)
+    return found
+
+
+def note(mask: Tensor, facts: Facts) -> Tensor:
+    """Note facts on a 2-D mask."""
+    setattr(mask, _ATTRIBUTE, facts)
+    causal, window, chunk = facts.pattern
+    plain = facts.plain and chunk is None and facts.shape.keys == facts.allocated
+    setattr(mask, _NOTED, Noted(causal, window, plain))
+    return mask
+
+
+def version_of(mask: Tensor) -> int | None:
+    """How often a tensor was written to; None: it does not say."""
+    return None if mask.is_inference() else mask._version
 
 
 def traced_pattern(mask: Any) -> str | None:
@@ -97,7 +139,7 @@ def make_mask(
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **options: Any,
-) -> Tensor | None:
+) -> Tensor:
     """A mask as ``transformers.AttentionMaskInterface`` wants it; see the module's docstring.
 
     Args:
@@ -112,7 +154,7 @@ def make_mask(
         **options: handed on to transformers' own mask function, where that is used.
 
     Returns:
-        None: causal and nothing more; a 2-D mask with facts; or a complete 4-D mask.
+        A 2-D mask with facts, or a complete 4-D mask.
 
     Raises:
         ShapeError: an attention mask of another batch size.
@@ -129,7 +171,8 @@ def make_mask(
         positions_given.set(None)
     known = None if tracing or options.get("use_vmap") else recognize(mask_function)
     placed = None
-    if known is not None and not _must_materialize(options, packed=known.documents is not None):
+    need = need_of_mask(options.get("config"))
+    if known is not None and need is None and not _must_materialize(options, packed=known.documents is not None):
         placed = _place(known.pattern, q_length, kv_length, q_offset, kv_offset)
     if known is None or placed is None:
         mask = masking_utils.sdpa_mask(
@@ -137,28 +180,41 @@ def make_mask(
             mask_function=mask_function, attention_mask=attention_mask, device=device,
             **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
         )  # fmt: skip
+        if need is not None and need.additive:
+            return as_added(mask, options.get("dtype", torch.float32))
         mask = _without_padded_queries(mask, attention_mask, q_offset, options)
         if tracing:
             return note_traced(mask, _is_chunked(options))
         shape = Shape(batch_size, q_length, kv_length)
         return note_decoding(_apart(mask, positions, shape, q_offset, kv_offset, attention_mask))
-    pattern, documents, left = known
-    if pattern.chunk is not None and kv_offset + placed <= pattern.chunk:
-        pattern = pattern._replace(chunk=None)  # all within the first one, also of a sequence that begins later
     shape = Shape(batch_size, q_length, placed)
-    real = _real_keys(attention_mask, kv_offset, placed)
+    return _with_facts(known, shape, kv_length, kv_offset, attention_mask, positions, torch.device(device))
+
+
+def _with_facts(
+    known: Known,
+    shape: Shape,
+    allocated: int,
+    kv_offset: int,
+    given: Tensor | None,
+    positions: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """A 2-D mask with facts; ``shape`` is of the keys that hold something, ``given`` the caller's mask."""
+    pattern, documents, left = known
+    seen = kv_offset + shape.keys
+    if pattern.chunk is not None and seen <= pattern.chunk:
+        pattern = pattern._replace(chunk=None)  # all within the first one, also of a sequence that begins later
+    real = _real_keys(given, kv_offset, shape.keys)
     host = _documents(shape, pattern, documents, positions, real)
-    if real is None and host is None and placed == kv_length and pattern == Pattern(causal=True):
-        return None
-    device = torch.device(device)
-    origin = None if pattern.chunk is None or left is None else left.cpu().long().expand(batch_size) - kv_offset
+    origin = None if pattern.chunk is None or left is None else left.cpu().long().expand(shape.batch) - kv_offset
     layout = lay_out(shape, pattern, real, host, origin=origin, device=device)
-    mask = _from_the_start(attention_mask, batch_size, kv_offset + placed, kv_offset + kv_length, device)
+    mask = _from_the_start(None if real is None and not kv_offset else given, shape.batch, seen, device)
     if pattern.chunk is not None and left is not None:
         mask = _numbered(mask, pattern.chunk, left)
     looked = host is not None or (pattern.causal and may_restart(positions, shape))
-    setattr(mask, _ATTRIBUTE, Facts(shape, kv_length, pattern, real, host, layout, device, origin, looked))
-    return mask
+    version = version_of(mask)
+    return note(mask, Facts(shape, allocated, pattern, real, host, layout, device, origin, looked, version))
 
 
 def _documents(
@@ -241,20 +297,20 @@ def _real_keys(attention_mask: Tensor | None, kv_offset: int, keys: int) -> Tens
     """Bool (B, K) on the CPU, or None where all are real. The one copy from the device."""
     if attention_mask is None:
         return None
-    real = attention_mask[:, kv_offset : kv_offset + keys].cpu() != 0
-    real = torch.nn.functional.pad(real, (0, keys - real.shape[1]))
-    return None if bool(real.all()) else real
+    found = attention_mask[:, kv_offset : kv_offset + keys].cpu()
+    missing = keys - found.shape[1]
+    if not missing and bool(found.all()):
+        return None
+    return torch.nn.functional.pad(found != 0, (0, missing))
 
 
-def _from_the_start(given: Tensor | None, batch: int, seen: int, allocated: int, device: torch.device) -> Tensor:
-    """Bool (B, allocated), True for real tokens: a new tensor, for an attribute must not land on the caller's."""
-    mask = torch.zeros(batch, allocated, dtype=torch.bool, device=device)
+def _from_the_start(given: Tensor | None, batch: int, seen: int, device: torch.device) -> Tensor:
+    """Bool (B, seen), True for real tokens: a new tensor, for an attribute must not land on the caller's."""
     if given is None:
-        mask[:, :seen] = True
-    else:
-        width = min(seen, given.shape[1])
-        mask[:, :width] = given[:, :width] != 0
-    return mask
+        return torch.ones(batch, seen, dtype=torch.bool, device=device)
+    mask = given[:, :seen].to(device) != 0
+    missing = seen - mask.shape[1]
+    return torch.nn.functional.pad(mask, (0, missing)) if missing else mask
 
 
 def _without_padded_queries(

@@ -87,14 +87,32 @@ def _equal(a: Any, b: Any, layer: int | None) -> bool:
 
 
 def is_flat(packing: Packing, shape: Shape) -> bool:
-    """Whether a packing counts rows of the flattened batch, as it must where an entry holds several documents."""
+    """Whether a packing counts rows of the flattened batch, as it must where an entry holds several documents.
+
+    Raises:
+        PackingError: as many sequences as entries, of lengths that the host does not know, in as many rows: sequence i
+            may lie in entry i, or anywhere.
+    """
     if packing._shape is not None:
         return False
     facts = packing._facts
     if shape.batch == 1 or facts.sequences != shape.batch:
         return True
-    across = facts.starts is not None and packing._entry_rows != shape.queries
-    return across and facts.rows == shape.batch * shape.queries
+    if facts.rows != shape.batch * shape.queries:
+        return False
+    if facts.starts is not None:
+        return packing._entry_rows != shape.queries
+    if facts.max_seqlen > shape.queries:
+        return True  # none so long would fit in an entry
+    if not facts.gaps:
+        return False  # all entries are full, wherever they are said to lie
+    raise PackingError(
+        f"the packing has room for {facts.sequences} sequences in {facts.rows} rows, and there are {shape.batch} x "
+        f"{shape.queries} tokens: with lengths that the host does not know (fixed capacity, check=False) that may mean "
+        "one sequence in each batch entry, or sequences anywhere in the flattened batch. For one in each entry, pass a "
+        "2-D attention_mask or Packing.from_mask(mask) instead; for the flattened batch, reshape the batch to one "
+        f"entry, (1, {facts.rows}), or give room for more sequences: max_sequences={shape.batch + 1} or above"
+    )
 
 
 def check_covers(packing: Packing, shape: Shape, padded: bool) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from anyattn._errors import ContextError, InvalidArgument, MissingExtra, Unsupported
 from anyattn.integrations._transformers_batches import DESCRIPTIONS, PER_TOKEN
 from anyattn.integrations._transformers_masks import check_mask
+from anyattn.integrations._transformers_models import need_of
 
 
 def transformers_model(model: Any) -> Any:
@@ -38,12 +39,15 @@ def parameters(model: Any) -> Mapping[str, inspect.Parameter]:
 def check_model(model: Any) -> None:
     """Refuse models whose tokens meet elsewhere than in attention, or whose loss is not a sum over tokens."""
     name, why = type(model).__name__, None
+    need = next((x for part in model.modules() if (x := need_of(getattr(part, "config", None))) is not None), None)
     ropes = {str(rope) for part in model.modules() for rope in _ropes(part)}
     mixing = next((type(p).__name__ for p in model.modules() if isinstance(p, _MIXING)), None)
     if model.config.is_encoder_decoder:
         why = "it is an encoder-decoder, whose cross-attention has keys of another length"
     elif getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
         why = f"it is no causal language model (its loss is {model.loss_type})"
+    elif need is not None:
+        why = f"it computes with a mask of the whole sequence itself: {need.why}"
     elif mixing is not None:
         why = f"tokens meet in its {mixing}, not in attention alone"
     elif ropes & {"dynamic", "longrope"}:

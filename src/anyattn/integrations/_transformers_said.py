@@ -10,9 +10,9 @@ from torch import Tensor
 from anyattn._errors import DtypeError, InvalidArgument, ShapeError
 from anyattn._request import is_block_mask
 from anyattn.integrations._layout import Pattern, Shape, lay_out
-from anyattn.integrations._transformers_masks import Facts, check_mask, facts_of, note_traced
+from anyattn.integrations._transformers_masks import Facts, Noted, check_mask, facts_of, note_traced, noted_on
 from anyattn.integrations._transformers_memory import once
-from anyattn.integrations._transformers_traced import traced_padding
+from anyattn.integrations._transformers_traced import keys_seen, traced_padding
 
 
 class Said(NamedTuple):
@@ -44,10 +44,14 @@ def read(
     given = None if whole is not None else attention_mask
     if given is not None:
         check_mask(given, shape.batch)
+    noted = None if given is None else noted_on(given)
     facts = None if given is None else facts_of(given)
-    if facts is not None and (facts.shape.queries, facts.allocated) != (shape.queries, shape.keys):
+    elsewhere = facts is not None and (facts.shape.queries, facts.allocated) != (shape.queries, shape.keys)
+    if noted is not None and noted.plain and (elsewhere or torch.compiler.is_compiling()):
+        given = None  # all are real, of keys that it was not made for too: encoders with a cache have such
+    if elsewhere:
         facts = None  # a mask made for other layers: only its values count
-    pattern = _pattern(module, facts, is_causal, sliding_window)
+    pattern = _pattern(module, facts, noted, is_causal, sliding_window)
     if given is not None and facts is None:
         if torch.compiler.is_compiling():
             whole = note_traced(traced_padding(given, shape, pattern), chunked=given.dtype != torch.bool)
@@ -59,15 +63,22 @@ def read(
 
 
 def _pattern(
-    module: torch.nn.Module, facts: Facts | None, is_causal: bool | None, sliding_window: int | None
+    module: torch.nn.Module,
+    facts: Facts | None,
+    noted: Noted | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
 ) -> Pattern:
-    """What position allows: the argument, else what the mask was made for, else the module."""
-    causal, window, chunk = is_causal, None, None
+    """What position allows: what the mask was made for, else the argument, else the module.
+
+    A mask comes first, as a complete one does: models that have one may call their causal layers not causal.
+    """
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    window = chunk = None
+    if noted is not None:
+        causal, window, _ = noted
     if facts is not None:
-        causal = facts.pattern.causal if causal is None else causal
-        _, window, chunk = facts.pattern
-    if causal is None:
-        causal = bool(getattr(module, "is_causal", True))
+        chunk = facts.pattern.chunk
     if window is None and sliding_window is not None:
         if sliding_window < 1:
             raise InvalidArgument(f"sliding_window must be at least 1, or None for none; got {sliding_window}")
@@ -81,10 +92,8 @@ def _facts_without(mask: Tensor, shape: Shape, pattern: Pattern, layer: int | No
     def make() -> Facts:
         first = max(mask.shape[1] - shape.keys, 0)  # a sliding cache has dropped the first keys
         numbers = mask[:, first:].cpu()
-        keys = numbers.shape[1]
-        if pattern.causal and shape.queries < shape.keys:  # rows of a static cache that hold nothing yet
-            seen = (numbers != 0).any(0).nonzero()
-            keys = max(int(seen.max()) + 1 if seen.numel() else 0, shape.queries)
+        # Rows of a static cache that hold nothing yet are after the mask's end.
+        keys = keys_seen(mask.shape[1], shape) if pattern.causal else numbers.shape[1]
         used = shape._replace(keys=keys)
         numbers = torch.nn.functional.pad(numbers, (0, keys - numbers.shape[1]))
         real = numbers != 0

@@ -26,7 +26,7 @@ from anyattn._api import attention, attention_in_splits
 from anyattn._errors import InvalidArgument, ShapeError, Unsupported
 from anyattn.integrations import _te_options as options
 from anyattn.integrations import _te_policies, _te_rows
-from anyattn.integrations._te_call import Call, Settled, masked, settle, unread
+from anyattn.integrations._te_call import Call, Settled, check_runs, masked, settle, unread
 from anyattn.integrations._te_context import CPLoadBalancingStrategy, Ranks, ranks_of, strategy_of
 from anyattn.integrations._te_dropout import Forks
 from anyattn.integrations._transformers_memory import forget
@@ -363,6 +363,8 @@ class DotProductAttention(torch.nn.Module):
                 "computed sequence by sequence: leave check_offsets True, or return_max_logit False"
             )
         settled = settle(call)
+        if self.return_max_logit:
+            check_runs(settled.arguments.get("packing"))
         out = self._run(settled, checkpoint_core_attention, num_splits)
         return (out, settled.largest()) if self.return_max_logit else out
 
@@ -402,14 +404,15 @@ class DotProductAttention(torch.nn.Module):
         attend: Callable[..., Any] = attention if splits == 1 else partial(attention_in_splits, splits)
         forks = Forks(self.rng_states_tracker if dropout else None)
 
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with forks.next():
-                return attend(q, k, v, **arguments)  # type: ignore[no-any-return]
+        # By position, those of the terms too: checkpoint() notices what is written to before it runs again.
+        terms = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
 
-        if again and torch.is_grad_enabled():
-            out = checkpoint(run, settled.q, settled.k, settled.v, use_reentrant=False)
-        else:
-            out = run(settled.q, settled.k, settled.v)
+        def run(q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Tensor:
+            with forks.next():
+                return attend(q, k, v, **arguments | dict(zip(terms, given, strict=True)))  # type: ignore[no-any-return]
+
+        tensors = settled.q, settled.k, settled.v, *terms.values()
+        out = checkpoint(run, *tensors, use_reentrant=False) if again and torch.is_grad_enabled() else run(*tensors)
         return settled.back(out).flatten(-2)
 
     # --- checkpoints ---
