@@ -254,13 +254,17 @@ def test_a_gradient_of_sum_is_expanded_and_taken(target: Target) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch's own forward mode
 def test_forward_derivatives_are_refused() -> None:
     """By two backward passes, where the first one's gradient is what is differentiated; and in forward mode."""
     q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8)
     with pytest.raises(Unsupported, match="double backward"):
         torch.autograd.functional.jvp(lambda x: anyattn.attention(x, k, k), q, torch.ones_like(q))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(Unsupported, match="forward-mode"):
-        anyattn.attention(q, k, k)
+    with torch.autograd.forward_ad.dual_level():
+        anyattn.attention(q, k, k)  # nothing to lose
+        dual = torch.autograd.forward_ad.make_dual(k, torch.ones_like(k))
+        with pytest.raises(Unsupported, match="forward-mode"):
+            anyattn.attention(q, k, dual)
 
 
 def test_a_sink_that_is_nan_is_seen() -> None:

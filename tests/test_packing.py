@@ -361,3 +361,11 @@ def test_positions_start_anew_in_every_sequence(lengths, multiple):
     assert len(found) == roomy.rows
     assert found[: sum(lengths)] == [p for n in lengths for p in range(n)]
     assert not any(found[sum(lengths) :])
+
+
+def test_a_packing_moved_in_inference_mode_serves_training() -> None:
+    with torch.inference_mode():
+        p = copy.copy(Packing.from_lengths([3, 1]).to("cpu"))
+    x = torch.randn(4, 1, 8, requires_grad=True)
+    anyattn.attention(x, x, x, packing=p).sum().backward()
+    assert x.grad is not None

@@ -35,6 +35,13 @@ _SHARED = {
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
+_COMPRESSED = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "head_dim": 32, "q_lora_rank": 32, "o_groups": 2, "o_lora_rank": 16,
+    "moe_intermediate_size": 32, "intermediate_size": 32, "n_routed_experts": 4, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 4, "sliding_window": 8,
+    "pad_token_id": 0, "max_position_embeddings": 256,
+}  # fmt: skip
 #: model_type -> configuration.
 CHOOSING = dict.fromkeys(
     ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "dots3_note_text", "mistral_large4_text"), _CHOICE
@@ -303,3 +310,28 @@ def test_under_a_plan_they_are_refused():
     for model_type, given in (("deepseek_v32", _CHOICE), ("gemma4_text", _SHARED)):
         with pytest.raises(Unsupported, match="computes with a mask of the whole sequence"):
             check_model(transformers.AutoModelForCausalLM.from_config(configuration(model_type, given)))
+
+
+def test_compressed_keys_are_seen():
+    """DeepSeek V4 lengthens its mask by keys of whole blocks of tokens."""
+    config = configuration(
+        "deepseek_v4",
+        {
+            **_COMPRESSED, "layer_types": ["heavily_compressed_attention"] * 2,
+            "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 4},
+        },
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.randint(1, VOCABULARY, (1, 14))
+
+    def logits(implementation):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            whole, step = model(tokens, use_cache=False).logits, model(tokens[:, :5], use_cache=True)
+            parts = [step.logits]
+            for i in range(5, 14):
+                step = model(tokens[:, i : i + 1], past_key_values=step.past_key_values, use_cache=True)
+                parts.append(step.logits)
+        return torch.cat([whole, *parts], 1)
+
+    torch.testing.assert_close(logits("anyattn"), logits("eager"), rtol=1e-4, atol=1e-5)

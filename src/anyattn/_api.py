@@ -154,7 +154,7 @@ def attention(
             Tensors(q, k, v, sink, alibi_slopes, bias, mask, packing, packing_kv),
             causal, window, scale, softcap, dropout, layout, backend, deterministic, return_lse,
         )  # fmt: skip
-    refuse_transforms()
+    refuse_transforms(q, k, v, sink, bias)
     key: Any = None
     prepared: Prepared | None = None
     try:
@@ -231,7 +231,7 @@ def attention_in_splits(
                 "num_splits at 1"
             )
         return _traced.attention(t, *options)
-    refuse_transforms()
+    refuse_transforms(q, k, v, sink, bias)
     key: Any = None
     prepared: Prepared | None = None
     if getattr(packing, "_holes", None) is None:  # else it is packed first, and looked up then

@@ -434,9 +434,10 @@ class Packing:
     def _with(self, move: Any) -> Packing:
         other = Packing.__new__(Packing)
         other.__dict__.update(self.__dict__)
-        other.cu_seqlens, other.cu_seqlens_padded = move(self.cu_seqlens), move(self.cu_seqlens_padded)
-        other._table = move(self._table)
-        other._holes = None if self._holes is None else move(self._holes)
+        with torch.inference_mode(False):  # a packing moved there serves training too
+            other.cu_seqlens, other.cu_seqlens_padded = move(self.cu_seqlens), move(self.cu_seqlens_padded)
+            other._table = move(self._table)
+            other._holes = None if self._holes is None else move(self._holes)
         other._entries, other._taken_as_it_is = {}, False
         other._set_rows()
         return other
@@ -448,10 +449,12 @@ class Packing:
             other: a packing with at most as many sequences, rows and ``max_seqlen``; on any device.
 
         Raises:
-            PackingError: it does not fit, or it has padding and this one was made without.
+            PackingError: it does not fit; it has padding, or wants ``sanitize``, and this one was made without; or this
+                one was used with 4-D tensors and it has tokens in other rows of the entries, or in unknown ones.
 
         Derived tensors are refilled too. Nothing waits for the device. With 4-D tensors the new batch is what it would
-        be by itself; that is an error where its tokens are not in those rows of the entries that this packing has.
+        be by itself; that is an error where its tokens are not, or are not known to be, in the rows of the entries that
+        this packing has. Calls in compiled regions do not count as use: capture those with packings of one kind.
         """
         mine, theirs = self._facts, other._facts
         if other.sanitize and not self.sanitize:
@@ -481,7 +484,8 @@ class Packing:
         if entry_rows != self._entry_rows and (self._taken_as_it_is or (entry_rows == ELSEWHERE and self._entries)):
             raise PackingError(
                 "copy_: this packing was used with 4-D tensors, and the new batch has its tokens in other rows of the "
-                "entries: refill it with a packing made in the same way, or make a new one"
+                "entries, or in rows that the host does not know: refill it with a packing made in the same way, or "
+                "make a new one"
             )
         self.cu_seqlens.copy_(extended(other.cu_seqlens, missing), non_blocking=True)
         self.cu_seqlens_padded.copy_(extended(other.cu_seqlens_padded, missing), non_blocking=True)
@@ -513,6 +517,7 @@ class Packing:
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         del state["_rows"], state["_entries"], state["_key"]
+        state.pop("_taken_as_it_is", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -105,14 +105,16 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def refuse_transforms() -> None:
-    """torch.func transforms would run kernels on wrapped tensors."""
+def refuse_transforms(*tensors: object) -> None:
+    """torch.func transforms would run kernels on wrapped tensors, and forward-mode tangents would be lost in them."""
     if torch._C._are_functorch_transforms_active():
         raise Unsupported(
             "attention() does not run under torch.func transforms (vmap, grad, jvp, ...): use torch.autograd, and a "
             "batch dim in place of vmap"
         )
-    if _forward_ad._current_level >= 0:
+    if _forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and _forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
         raise Unsupported("attention() has no forward-mode derivatives (torch.autograd.forward_ad): use backward ones")
 
 

@@ -37,7 +37,7 @@ from anyattn._validate import Sizes
 
 def attention(t: Tensors, asked: Asked, plan: Any) -> Any:
     """Attention of this rank's shards; see ``anyattn.attention``."""
-    refuse_transforms()
+    refuse_transforms(*t)
     if not isinstance(plan, ContextPlan):
         raise ContextError(f"plan must be a ContextPlan, got {type(plan).__name__}: make one with ContextParallel.plan")
     plan._connected()

@@ -159,12 +159,13 @@ def make_mask(
     Raises:
         ShapeError: an attention mask of another batch size.
     """
-    from transformers import masking_utils
+    # Names from the module itself: torch 2.11 does not compile an import from transformers' lazy package.
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     if attention_mask is not None:
         check_mask(attention_mask, batch_size)
     if mask_function is None:
-        mask_function = masking_utils.causal_mask_function
+        mask_function = causal_mask_function
     tracing = _tracing(attention_mask)
     positions = None if tracing else positions_given.get()
     if positions is not None:
@@ -175,7 +176,7 @@ def make_mask(
     if known is not None and need is None and not _must_materialize(options, packed=known.documents is not None):
         placed = _place(known.pattern, q_length, kv_length, q_offset, kv_offset)
     if known is None or placed is None:
-        mask = masking_utils.sdpa_mask(
+        mask = sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, device=device,
             **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},

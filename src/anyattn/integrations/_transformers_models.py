@@ -24,6 +24,10 @@ from anyattn.integrations._transformers_settled import NAMES
 # --- masks ---
 
 
+def _always(config: Any) -> bool:
+    return True
+
+
 class Need(NamedTuple):
     """What a model needs of its mask, and why."""
 
@@ -31,7 +35,7 @@ class Need(NamedTuple):
     """What its own code does with it."""
     refused: bool = False
     """No mask of anyattn's would do: the model's attention is written out and calls nobody."""
-    applies: Callable[[Any], bool] = bool
+    applies: Callable[[Any], bool] = _always
     """Whether a config of this type has it."""
     additive: bool = False
     """Its own code reads numbers to add, and not bools."""
@@ -53,6 +57,7 @@ NEEDS: dict[str, Need] = {
     "axk2": Need(_INDEXER),
     "bigbird_pegasus": Need("its encoder adds the mask to scores of its own", refused=True),
     "deepseek_v32": Need(_INDEXER),
+    "deepseek_v4": Need("it lengthens an additive mask by its compressed keys", additive=True),
     "doge": Need("it adds the mask to one of its own, by which it chooses keys"),
     "dots3_note_text": Need(_INDEXER),
     "gemma4_text": Need(_LAST_TOKENS, applies=_shares_keys),
