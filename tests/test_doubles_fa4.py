@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
+from torch import Tensor
 
 import anyattn
 import cases
-from anyattn import _select, _traced
+from anyattn import _api, _select, _traced
 from anyattn._request import Tensors
+from anyattn.backends import _fa4_kept as kept_kernels
 from anyattn.backends import fa4
 from cases import Case
 from doubles import pretend
@@ -148,6 +152,123 @@ def test_fa4_writes_results_where_they_are_wanted(version: str, heads: bool) -> 
 def test_fa4_writes_nothing_to_memory_that_is_not_aligned() -> None:
     with double("fa4", NEWEST).machine():
         assert taken(_PLACED[0], fa4, heads=True, shift=1) == []
+
+
+# --- kernels that are called again without the raw function -------------------------------------------------------
+
+_AGAIN = (
+    *_EVERYWHERE,
+    replace(_FA4, scores="sink_low", mask="causal"),
+    replace(_FA4, scores="softcap", form="thd_gaps"),
+    replace(_FA4, form="bhsd", dims="32/64", heads="4"),
+)
+
+
+def _raw_forwards(machine: Any) -> int:
+    return sum(name == "_flash_attn_fwd" for name, _ in machine.fa4.calls)
+
+
+@pytest.mark.parametrize(("version", "keeps"), [("4.0.0b25", False), ("4.0.0b26", True), (NEWEST, True)])
+def test_the_raw_function_is_called_once_for_a_kind(version: str, keeps: bool) -> None:
+    """Later calls have other values: each is judged by itself."""
+    for case in _AGAIN:
+        with pretend("sm90", fa4=version) as machine:
+            for seed in range(3):
+                check(problem := cases.build(case, seed), *run(problem))
+        assert _raw_forwards(machine) == (1 if keeps else 3), case
+
+
+def _packed(lengths: list[int], rows: int | None = None) -> anyattn.Packing:
+    return anyattn.Packing.from_lengths(lengths, max_rows=rows, max_seqlen=8, max_sequences=3)
+
+
+def _again(machine: Any, *calls: dict[str, Any]) -> list[int]:
+    """How often the raw function was called in all after each of these calls, every one of which is right."""
+    counts = []
+    for call in calls:
+        q, k, v = call.pop("qkv", None) or torch.randn(3, 16, 2, 32, dtype=torch.bfloat16).unbind()
+        got = anyattn.attention(q, k, v, backend="fa4", **call)
+        exact = anyattn.attention(q.float(), k.float(), v.float(), backend="reference", **call)
+        torch.testing.assert_close(got.float(), exact, atol=2e-2, rtol=0)
+        counts.append(_raw_forwards(machine))
+    return counts
+
+
+def test_kept_kernels_get_the_offsets_of_each_call() -> None:
+    one, two, three = _packed([5, 3, 8]), _packed([8, 8]), _packed([1, 2, 3], 16)
+    with pretend("sm90", fa4=NEWEST) as machine:
+        own = [{"packing": p, "causal": True} for p in (one, two, three, one)]
+        assert _again(machine, *own) == [1] * 4
+        cross = [{"packing": p, "packing_kv": q} for p, q in ((two, one), (one, three), (one, two))]
+        assert _again(machine, *cross) == [2] * 3
+
+
+def test_another_kind_is_not_taken_for_a_kept_one() -> None:
+    wide = [torch.randn(3, 16, 2, 32, dtype=torch.bfloat16).unbind() for _ in range(2)]
+    apart = [[x[..., :32] for x in torch.randn(3, 16, 2, 64, dtype=torch.bfloat16).unbind()] for _ in range(2)]
+    packing = _packed([8, 8])
+    with pretend("sm90", fa4=NEWEST) as machine:
+        given = [{"qkv": x, "packing": packing} for x in (wide[0], wide[1], apart[0], apart[1])]
+        assert _again(machine, *given) == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("batch", ["alike", "off", "many"])
+def test_what_is_not_one_kernel_over_the_given_tensors_is_not_kept(batch: str) -> None:
+    """q, k and v that cannot be told apart; tensors that are copied first; so many sequences that a table is made."""
+
+    def qkv() -> Any:
+        x = torch.randn(3, 16, 2, 32, dtype=torch.bfloat16)
+        if batch == "off":
+            return torch.randn(3 * 16 * 2 * 32 + 1, dtype=torch.bfloat16)[1:].view(x.shape).unbind()
+        return (x[0],) * 3 if batch == "alike" else x.unbind()
+
+    many = {"packing": anyattn.Packing.from_lengths([1] * 10 + [0] * 290 + [6])} if batch == "many" else {}
+    with pretend("sm90", fa4=NEWEST) as machine:
+        calls = [{"qkv": qkv(), "packing": _packed([8, 8])} | many for _ in range(3)]
+        assert _again(machine, *calls) == [1, 2, 3]
+
+
+def test_kernels_of_releases_that_nobody_read_are_not_kept() -> None:
+    assert kept_kernels.were_read(NEWEST)
+    assert not any(map(kept_kernels.were_read, ("4.0.0b25", "4.0.0b37", "4.0.0b36.dev1", "4.0.0", None)))
+
+
+def test_a_kept_kernel_that_refuses_a_call_is_not_asked_again() -> None:
+    packing = {"packing": _packed([8, 8])}
+    with pretend("sm90", fa4=NEWEST) as machine:
+        assert _again(machine, dict(packing), dict(packing)) == [1, 1]
+        prepared = next(p for p in _api._prepared.values() if p.backend is fa4)
+        kept = prepared.spec.memo["kept"]
+
+        def refusing(*_: Any) -> None:
+            raise TypeError("expects another stride")
+
+        prepared.spec.memo["kept"] = kept._replace(kernel=refusing)
+        assert _again(machine, dict(packing), dict(packing)) == [2, 3]
+
+
+def test_what_another_thread_calls_is_not_noted() -> None:
+    """Two threads at once: each gets its own results, and nothing of one is kept for the other."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 16, 2, 32, dtype=torch.bfloat16).unbind() for _ in range(8)]
+    packings = [_packed([8, 8]), _packed([5, 3, 8])]
+    with pretend("sm90", fa4=NEWEST) as machine:
+        cache, started = machine.fa4._flash_attn_fwd.compile_cache, threading.Barrier(8)
+
+        def one(number: int) -> Tensor:
+            started.wait()
+            out: Tensor = anyattn.attention(
+                *inputs[number], packing=packings[number % 2], causal=number % 4 < 2, backend="fa4"
+            )
+            return out
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(one, range(8)))
+        assert machine.fa4._flash_attn_fwd.compile_cache is cache
+    for number, out in enumerate(found):
+        q, k, v = (x.float() for x in inputs[number])
+        exact = anyattn.attention(q, k, v, packing=packings[number % 2], causal=number % 4 < 2, backend="reference")
+        torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("version", ["4.0.0b12", "4.0.0b18", "4.0.0b19", "4.0.0b25", NEWEST])

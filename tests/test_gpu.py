@@ -17,6 +17,7 @@ import anyattn
 import cases
 import oracle
 from anyattn import Packing, _padding
+from anyattn.backends import _fa4_kept, fa4
 from anyattn.backends import get as get_backend
 from cases import Case, Problem, Span, Target
 from oracle import Terms
@@ -114,6 +115,30 @@ def test_no_synchronisation_when_a_packing_is_refilled() -> None:
         fixed.copy_(new)
         fixed.copy_(new.to("cuda", non_blocking=True))
     assert fixed.lengths.tolist() == [5, 17, 0, 0]
+
+
+@pytest.mark.parametrize("form", ["bshd", "thd_gaps"])
+@pytest.mark.parametrize("scores", ["plain", "sink"])
+def test_calls_again_give_the_same_bits(cuda_target: Target, form: str, scores: str) -> None:
+    """What is kept from a first call, graphs and compiled kernels among it, changes nothing in later ones."""
+    problem = cases.build(case_for(cuda_target, form=form, mask="causal", scores=scores, asks="lse_grad"))
+    first, *others = (run(problem)[:2] for _ in range(3))
+    assert all(map(torch.equal, first, found) for found in others)
+
+
+@pytest.mark.parametrize("form", ["bshd", "thd_gaps"])
+def test_fa4_calls_its_kernels_without_its_raw_function(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call of a kind finds the kernel; see anyattn/backends/_fa4_kept.py."""
+    target = next((t for t in cases.all_targets("cuda") if t.name == "fa4"), None)
+    if target is None or not _fa4_kept.were_read(anyattn.backends()["fa4"].version):
+        pytest.skip("needs a release of flash-attn-4 whose kernels are kept")
+    problem = cases.build(case_for(target, form=form, mask="causal", asks="lse_grad"))
+    expected = run(problem)
+    monkeypatch.setattr(fa4, "_raw", lambda _: pytest.fail("the raw function was called"))
+    monkeypatch.setattr(_fa4_kept, "note", lambda *_: pytest.fail("nothing was kept"))
+    out, lse, grads = run(problem)
+    assert torch.equal(out, expected[0])
+    check(problem, out, lse, grads)
 
 
 # --- CUDA graphs ---------------------------------------------------------------------------------------------------

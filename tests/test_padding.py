@@ -137,22 +137,23 @@ def test_masks_follow_a_refilled_packing() -> None:
 
 
 def test_masks_are_made_once_per_packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, masks = [], _padding._masks
+    made, mask = [], _padding._mask
 
-    def counted(rows: Rows, total: int) -> tuple[Tensor, Tensor]:
-        made.append(total)
-        return masks(rows, total)
+    def counted(rows: Rows, shape: torch.Size, dim: int) -> Tensor:
+        made.append((dim, tuple(shape)))
+        return mask(rows, shape, dim)
 
-    monkeypatch.setattr(_padding, "_masks", counted)
+    monkeypatch.setattr(_padding, "_mask", counted)
     packing = _batch("between")
+    fills = ((12, 1, 1), 0, 0.0), ((12, 2, 1), 0, 0.0), ((1, 12), 1, -INF)
     for _ in range(3):
-        _padding.fill_by_masks(packing._rows, ((torch.ones(12, 1, 1), 0, 0.0), (torch.ones(1, 12), 1, -INF)))
-    assert made == [12]
+        _padding.fill_by_masks(packing._rows, tuple((torch.ones(shape), dim, x) for shape, dim, x in fills))
+    assert made == [(dim, shape) for shape, dim, _ in fills]
     with torch.inference_mode():
         table = packing._table.clone()
     foreign = replace(packing._rows, table=table)  # a tensor without a version
     assert not _padding.fill_by_masks(foreign, ((torch.ones(12, 1, 1), 0, 0.0),))
-    assert made == [12]
+    assert len(made) == len(fills)
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ tensors of a direction; blocks that hold no such row end after a look at the off
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -41,23 +43,23 @@ def fill_gaps(rows: Rows, *fills: Fill) -> None:
 
 def fill_by_masks(rows: Rows, fills: tuple[Fill, ...]) -> bool:
     """A masked write for each tensor. False, and nothing written, where masks are not kept from call to call."""
-    first, dim, _ = fills[0]
-    total = first.shape[dim]
-    masks = kept(rows, rows, ("padding", total), lambda: _masks(rows, total))
-    if masks is None:
-        return False
     for x, dim, value in fills:
-        x.masked_fill_(masks[dim], value)
+        mask = kept(rows, rows, ("padding", dim, x.shape), partial(_mask, rows, x.shape, dim))
+        if mask is None:  # as for all of them
+            return False
+        x.masked_fill_(mask, value)
     return True
 
 
-def _masks(rows: Rows, total: int) -> tuple[Tensor, Tensor]:
-    """True outside every sequence, as (T, 1, 1) and (T,): where as many sequences have begun as have ended."""
+def _mask(rows: Rows, shape: torch.Size, dim: int) -> Tensor:
+    """True outside every sequence: where as many sequences have begun as have ended.
+
+    Of the tensor's own shape: a mask that is broadcast costs the host a third more at every write.
+    """
     begin = rows.starts[:-1]
-    row = torch.arange(total, dtype=torch.int32, device=begin.device)
+    row = torch.arange(shape[dim], dtype=torch.int32, device=begin.device)
     begun, ended = (torch.searchsorted(x, row, out_int32=True, right=True) for x in (begin, begin + rows.lengths))
-    mask = begun == ended
-    return mask.view(-1, 1, 1), mask
+    return (begun == ended).view(-1, *(1,) * (len(shape) - 1 - dim)).expand(shape).contiguous()
 
 
 def _fill_in_one_launch(rows: Rows, fills: tuple[Fill, ...]) -> None:

@@ -6,6 +6,9 @@ leaves NaN where the real kernels leave memory as it was. Measured on an H200 wi
 - rows beyond the used lengths are not written, in out, lse and gradients (they held up to 2.4e24);
 - whole tiles are loaded: NaN in rows after a sequence's end makes every row of that sequence NaN, in q, k, v and dout.
 
+From b26 on forward is what a kernel does that is kept in ``compile_cache``, under all that it was compiled for. It gets
+tensors and numbers by position, and above ``TABLES`` sequences a table of theirs too, made at every call.
+
 Given results are written where they are and returned, rows of no sequence left as they were. From b26 on the layout of
 a given out is checked; that of gradients never is, and strides and pointers are taken as aligned to 16 bytes. The first
 kernels of head dim 256 on sm10x read (to b18) and write (to b19) as if no tensor had holes.
@@ -19,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from packaging.version import Version
@@ -30,6 +33,15 @@ from doubles.calling import python_function
 from doubles.signatures import recorded
 
 TILE = 128
+#: BIN_BATCH_SEARCH_THRESH of the real one.
+TABLES = 256
+
+
+class AuxData(NamedTuple):
+    """What score and mask functions look at."""
+
+    tensors: Any = None
+    scalars: Any = None
 
 
 def versions() -> list[str]:
@@ -69,6 +81,7 @@ class Interface:
         self._flash_attn_bwd = python_function(package, "_flash_attn_bwd", self.version, self._backward)
         if self._at_least("b26"):
             self.maybe_contiguous = _aligned_copy
+            self._flash_attn_fwd.compile_cache = {}  # type: ignore[attr-defined]
         else:
             self.maybe_contiguous = _last_contiguous
 
@@ -199,28 +212,38 @@ class Interface:
             assert sink.shape == (g["q"].shape[-2],)
             assert not sink.requires_grad, "cannot be exported"
         q, k, v = g["q"].detach(), g["k"].detach(), g["v"].detach()
-        heads = q.shape[-2]
         if self._misses_holes(q.shape[-1], "b19"):
             assert all(x.is_contiguous() for x in (q, k, v)), "silently wrong: pull/2670"
         out = self._given(g, "out", q, v.shape[-1])
-        lse = plain.poisoned(*_lse_shape(q), dtype=torch.float32)
-        flat_out, flat_lse = _rows(out).clone(), plain.poisoned(heads, _rows(q).shape[0], dtype=torch.float32)
-        for one, two in _pairs(g):
-            rows, keys = slice(one.start, one.start + one.length), slice(two.start, two.start + two.length)
-            seen = plain.visible(one.length, two.length, *_window(g))
-            o, l = plain.forward(
-                _rows(q)[rows], _rows(k)[keys], _rows(v)[keys], seen, g["softmax_scale"], g["softcap"], sink
-            )
-            if _spoiled(_rows(q), one) or _spoiled(_rows(k), two) or _spoiled(_rows(v), two):
-                o, l = o * float("nan"), l * float("nan")
-            written = slice(one.start, one.start + min(one.length, _limit(g, "q")))
-            flat_out[written] = o[: written.stop - written.start].to(out.dtype)
-            flat_lse[:, written] = l[:, : written.stop - written.start]
-        out.copy_(flat_out.view(out.shape))
-        lse.copy_(flat_lse if q.ndim == 3 else flat_lse.unflatten(1, q.shape[:2]).transpose(0, 1))
         needed = g["return_lse"] or any(g[n].requires_grad for n in "qkv")
+        lse = plain.poisoned(*_lse_shape(q), dtype=torch.float32) if needed else None
+        if self._at_least("b26"):
+            self._by_kernel(g, (q, k, v), out, lse)
+        else:
+            _attend({**g, "q": q, "k": k, "v": v}, out, lse)
         values = max(entry("_flash_attn_fwd", self.version)["returns"])
-        return (out, lse if needed else None, *(None,) * (values - 2))
+        return (out, lse, *(None,) * (values - 2))
+
+    def _by_kernel(self, g: dict[str, Any], qkv: tuple[Tensor, ...], out: Tensor, lse: Tensor | None) -> None:
+        """Compile a kernel for the call, or find it, and call it: with views of what the caller gave, or copies."""
+        q, k, v = (self.maybe_contiguous(_last_contiguous(x)) for x in qkv)
+        given = [g.get(f"{name}_{side}") for name in ("cu_seqlens", "seqused") for side in "qk"]
+        sink, causal = g.get("learnable_sink"), g["causal"]
+        longest = g.get("max_seqlen_q"), g.get("max_seqlen_k")
+        window = g["window_size_left"], None if causal else g["window_size_right"]
+        key = (
+            q.shape[-2:], k.shape[-2:], v.shape[-1], q.dtype, causal, g["softcap"], longest, self.arch, lse is None,
+            *(x is None for x in (*given, *window)), None if sink is None else sink.dtype,
+        )  # fmt: skip
+        cache = self._flash_attn_fwd.compile_cache  # type: ignore[attr-defined]
+        if key not in cache:
+            fixed = {"causal": causal, "softcap": g["softcap"]}
+            fixed |= {f"max_seqlen_{side}": bound for side, bound in zip("qk", longest, strict=True)}
+            cache[key] = _kernel(fixed)
+        table = given[0].clone() if given[0] is not None and given[0].shape[0] > TABLES + 1 else None
+        cache[key](
+            q, k, v, out.detach(), lse, g["softmax_scale"], *given, None, *window, sink, None, AuxData(), table, None
+        )  # fmt: skip
 
     def _backward(self, g: dict[str, Any]) -> tuple[Any, ...]:
         self.calls.append(("_flash_attn_bwd", g))
@@ -250,6 +273,42 @@ class Interface:
         for grad, x in zip(grads, found, strict=True):
             grad.copy_(x.view(grad.shape))
         return tuple(grads)
+
+
+def _kernel(fixed: dict[str, Any]) -> Callable[..., None]:
+    """A compiled forward: numbers in ``fixed`` are constants of it."""
+
+    def kernel(*arguments: Any) -> None:
+        q, k, v, out, lse, scale, starts_q, starts_k, used_q, used_k, _, left, right, sink, _, _, table, _ = arguments
+        assert table is None or torch.equal(table, starts_q), "the table of another batch"
+        tensors = {"q": q, "k": k, "v": v, "cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "learnable_sink": sink}
+        used = {"seqused_q": used_q, "seqused_k": used_k}
+        window = {"window_size_left": left, "window_size_right": right}
+        for x in (*tensors.values(), out, lse):
+            assert x is None or not x.requires_grad, "cannot be exported"
+        _attend({**tensors, **used, **window, "softmax_scale": scale, **fixed}, out, lse)
+
+    return kernel
+
+
+def _attend(g: dict[str, Any], out: Tensor, lse: Tensor | None) -> None:
+    """Forward, into out and lse, but for rows that the kernels do not write."""
+    q, k, v, sink = g["q"], g["k"], g["v"], g.get("learnable_sink")
+    flat_out, flat_lse = _rows(out).clone(), plain.poisoned(q.shape[-2], _rows(q).shape[0], dtype=torch.float32)
+    for one, two in _pairs(g):
+        rows, keys = slice(one.start, one.start + one.length), slice(two.start, two.start + two.length)
+        seen = plain.visible(one.length, two.length, *_window(g))
+        o, l = plain.forward(
+            _rows(q)[rows], _rows(k)[keys], _rows(v)[keys], seen, g["softmax_scale"], g["softcap"], sink
+        )
+        if _spoiled(_rows(q), one) or _spoiled(_rows(k), two) or _spoiled(_rows(v), two):
+            o, l = o * float("nan"), l * float("nan")
+        written = slice(one.start, one.start + min(one.length, _limit(g, "q")))
+        flat_out[written] = o[: written.stop - written.start].to(out.dtype)
+        flat_lse[:, written] = l[:, : written.stop - written.start]
+    out.copy_(flat_out.view(out.shape))
+    if lse is not None:
+        lse.copy_(flat_lse if q.ndim == 3 else flat_lse.unflatten(1, q.shape[:2]).transpose(0, 1))
 
 
 def _last_contiguous(x: Tensor) -> Tensor:

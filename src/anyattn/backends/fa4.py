@@ -26,6 +26,7 @@ from anyattn._call import Call, Gradients, Result, Saved, Spec
 from anyattn._capability import ALWAYS, Capability, HeadDims, Reason, Row, Support
 from anyattn._environment import Probe, distribution_version
 from anyattn._problem import Problem
+from anyattn.backends import _fa4_kept as kept_kernels
 
 NAME = "fa4"
 TITLE = "FlashAttention 4"
@@ -275,6 +276,8 @@ _aligns_itself = True
 #: Whether results are written to places that are given, by their strides. b26 was the first to look at the layout of a
 #: given out; older versions take one too, but some kernels (head dim 256 on sm10x, to b19) write as if it had no holes.
 _takes_places = False
+#: Whether what the raw forward function calls may be called again without it: see ``_fa4_kept``.
+_keeps = False
 
 
 def probe() -> Probe:
@@ -295,7 +298,7 @@ def load() -> None:
     One of the package's dependencies puts a folder on sys.path that holds a top-level ``utils``, which would shadow the
     caller's. Compiled kernels are kept on disk (``kernel_cache``), which the package itself does only when asked.
     """
-    global _raw_forward, _raw_backward, _aligns_itself, _takes_places
+    global _raw_forward, _raw_backward, _aligns_itself, _takes_places, _keeps
     folder = kernel_cache()
     os.environ.setdefault(_CACHE_SWITCH, "1" if folder and _is_ours(folder) else "0")
     if kernel_cache() and "ANYATTN_CACHE_DIR" in os.environ:
@@ -309,6 +312,7 @@ def load() -> None:
     _aligns_itself = "align_bytes" in inspect.signature(module.maybe_contiguous).parameters  # b26 and later
     taken = [inspect.signature(raw).parameters for raw in (_raw_forward, _raw_backward)]
     _takes_places = _aligns_itself and "out" in taken[0] and {"dq", "dk", "dv"} <= set(taken[1])
+    _keeps = kept_kernels.were_read(distribution_version("flash-attn-4")) and hasattr(_raw_forward, "compile_cache")
 
 
 def _is_ours(folder: str | None) -> bool:
@@ -346,15 +350,40 @@ def kernel_cache() -> str | None:
 
 def forward(call: Call) -> Result:
     """See ``Backend.forward``."""
-    spec, sink = call.spec, call.sink
+    spec, place = call.spec, None
+    if call.out is not None and _takes_places and _aligned(call.out) is call.out:
+        place = call.out
+    out, lse = (_kept_forward(call, place) if _keeps else None) or _raw(_forward_arguments(call, place))
+    return Result(out, lse if spec.need_lse else None)
+
+
+def _raw(arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    out, lse, *_ = _raw_forward(**arguments)
+    return out, lse
+
+
+def _kept_forward(call: Call, place: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+    """By the kernel that the last call of the kind came to, or so that the next one finds it; None: by neither."""
+    kind = kept_kernels.kind_of(call, place)
+    if kind is None:
+        return None
+    kept = kept_kernels.find(_raw_forward, call, kind)
+    if kept is None:
+        return kept_kernels.note(_raw_forward, call, kind, _forward_arguments(call, place))
+    return None if kept.kernel is None else kept_kernels.run(kept, call, place)
+
+
+def _forward_arguments(call: Call, place: Tensor | None) -> dict[str, Any]:
+    """What the raw function is given."""
+    spec = call.spec
     q, k, v = (call.q, call.k, call.v) if _aligns_itself else map(_aligned, (call.q, call.k, call.v))
     numbers = spec.memo.get("forward") or spec.memo.setdefault("forward", _forward_numbers(spec))
-    if sink is not None:
-        numbers = {**numbers, "learnable_sink": sink.detach().contiguous()}
-    if call.out is not None and _takes_places:
-        numbers = {**numbers, "out": _aligned(call.out)}
-    out, lse, *_ = _raw_forward(q=q, k=k, v=v, **_lengths(call), **numbers)
-    return Result(out, lse if spec.need_lse else None)
+    given = {"q": q, "k": k, "v": v, **_lengths(call), **numbers}
+    if call.sink is not None:
+        given["learnable_sink"] = call.sink.detach().contiguous()
+    if place is not None:
+        given["out"] = place
+    return given
 
 
 def _forward_numbers(spec: Spec) -> dict[str, Any]:
