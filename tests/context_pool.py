@@ -5,13 +5,14 @@ back is an :class:`Outcome` per rank. Nothing that depends on the rank may be as
 raises alone leaves the others waiting. That ends before long all the same: the pool is thrown away, and the
 next job gets a new one.
 
-Workers are forked from a server that has imported torch once, so a pool costs a second.
+Workers are forked from a server that has imported once what they need, so a pool costs a second.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -25,6 +26,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +40,16 @@ LIMIT = 120.0
 GRACE = 20.0
 WORKERS = 8
 
-_PRELOADED = ["torch", "torch.distributed.device_mesh", "torch.utils.checkpoint", "anyattn"]
+#: What the server imports. A custom op's first call takes torch._dynamo, which is a second and a half per worker.
+_PRELOADED = (
+    "torch", "torch._dynamo", "torch.distributed.device_mesh", "torch.utils.checkpoint", "numpy", "pytest",
+    "hypothesis", "anyattn",
+)  # fmt: skip
+#: The same for packages that this process has imported already.
+_PRELOADED_IF_THERE = {
+    "transformers": ("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"),
+    "diffusers": ("diffusers.models.modeling_utils",),
+}
 
 
 class Mesh(NamedTuple):
@@ -193,9 +205,7 @@ class Pool:
         self._pipes, self._processes, self._made, self._folder = [], [], set(), None
 
     def _start(self) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"  # also in the server, and in what it forks
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context = server()
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         for rank in range(self.size):
@@ -252,6 +262,16 @@ def _received(pipe: Connection) -> Outcome:
         return Outcome(failure=Failure.of(Died("its process ended")))
     assert isinstance(outcome, Outcome)
     return outcome
+
+
+def server() -> ForkServerContext:
+    """Processes of this context are forked from the server, which starts here if none has."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # also in the server, and in what it forks
+    context = multiprocessing.get_context("forkserver")
+    more = [names for package, names in _PRELOADED_IF_THERE.items() if package in sys.modules]
+    context.set_forkserver_preload(list(itertools.chain(_PRELOADED, *more)))
+    ensure_running()
+    return context
 
 
 _shared: list[Pool] = []

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import anyattn
+import fresh
 from anyattn import _api, _select, _support
 from anyattn._capability import ALWAYS, FEATURE_NAMES, Capability, HeadDims, Reason, Row, Support
 from anyattn._environment import Probe
@@ -578,13 +579,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 # --- processes of their own ---
 
 
-def _python(code: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-
-
 def test_a_missing_extra_is_one_line() -> None:
-    got = _python(
+    got = fresh.run(
         "import sys\n"
         "for name in ('typer', 'rich'): sys.modules[name] = None\n"
         "from anyattn._support import markdown_table\n"  # needs none of them

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,28 +10,41 @@ from pathlib import Path
 import pytest
 import torch
 
+import fresh
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "context_parallel.py"
 IMAGES = EXAMPLE.with_name("diffusers_image_model.py")
 LINE = re.compile(r"step +(\d+)  loss (\d+\.\d+) +[\d,]+ tokens/s  (\w+)")
 STEPS = 3
+#: Of every process: the CPU, and one thread.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
 )
 
 
-def start(ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
-    """The example on the CPU, as its own text says to start it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def launched(file: Path, ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
+    """An example on the CPU, as its own text says to start it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(file)]
     return subprocess.run(
-        [*command, str(EXAMPLE), *options], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*command, *options], env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def as_one_rank(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The same, with the variables that torchrun sets for a rank that is alone."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return fresh.script(file, *options, **ENVIRONMENT, **rank, MASTER_ADDR="localhost", MASTER_PORT=port)
 
 
 def losses(ranks: int, *options: str) -> dict[str, list[float]]:
     """What it prints: the losses, and the schemes that communicated."""
-    ended = start(ranks, "--steps", str(STEPS), *options)
+    options = ("--steps", str(STEPS), *options)
+    ended = launched(EXAMPLE, ranks, *options) if ranks > 1 else as_one_rank(EXAMPLE, *options)
     assert ended.returncode == 0, ended.stderr
     found = LINE.findall(ended.stdout)
     assert [int(step) for step, _, _ in found] == list(range(1, STEPS + 1)), ended.stdout
@@ -53,7 +67,7 @@ def test_two_ranks_print_the_losses_of_one(alone, options):
 
 
 def test_it_says_how_to_start_it():
-    ended = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=120, check=False)
+    ended = fresh.script(EXAMPLE)
     assert ended.returncode == 2
     assert "start it with torchrun --nproc-per-node N examples/context_parallel.py" in ended.stderr
 
@@ -61,9 +75,7 @@ def test_it_says_how_to_start_it():
 def painted(attention: str) -> list[float]:
     """The losses that the image model prints with a backend of diffusers."""
     pytest.importorskip("diffusers")
-    command = [sys.executable, str(IMAGES), "--steps", "9", "--every", "4", "--attention", attention]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    ended = fresh.script(IMAGES, "--steps", "9", "--every", "4", "--attention", attention, **ENVIRONMENT)
     assert ended.returncode == 0, ended.stderr
     found = re.findall(r"step +(\d+)  loss (\d+\.\d+) +[\d,]+ images/s", ended.stdout)
     assert [int(step) for step, _ in found] == [1, 4, 8, 9], ended.stdout
@@ -83,10 +95,8 @@ STARTS = {"pretrain.py": ("--comm", "p2p"), "finetune_trainer.py": ("--longest",
 
 def printed_losses(name: str, ranks: int | None, *options: str) -> list[float]:
     """What an example prints; ranks None: as plain Python."""
-    launcher = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *launcher, str(EXAMPLE.with_name(name)), "--steps", str(STEPS), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    file, options = EXAMPLE.with_name(name), ("--steps", str(STEPS), *options)
+    ended = fresh.script(file, *options, **ENVIRONMENT) if ranks is None else launched(file, ranks, *options)
     assert ended.returncode == 0, ended.stderr
     found = re.findall(r"^step +(\d+)  loss (\d+\.\d+)", ended.stdout, re.MULTILINE)
     assert [int(step) for step, _ in found] == list(range(1, STEPS + 1)), ended.stdout

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import fresh
 
 #: Neither imported nor needed. numpy and triton come with torch in some installations, but anyattn asks for neither.
 FOREIGN = (
@@ -40,22 +42,25 @@ BLOCKER = """
 
 
 def python(code: str, *, path: Path | None = None, **env: str) -> str:
-    """Run code in a fresh process; its output."""
-    # a folder of packages made for the test goes before everything else
-    environment = {**os.environ, **env}
-    if path is not None:
-        environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """Run code in an interpreter that has imported torch alone; its output."""
+    result = fresh.run(code, path, **env)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def new_python(code: str) -> str:
+    """Run code in an interpreter that has imported nothing; its output."""
     result = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:anyattn", "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, timeout=120, env=environment, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def blocked(code: str, names: tuple[str, ...] = FOREIGN) -> str:
+def blocked(code: str, names: tuple[str, ...] = FOREIGN, run: Callable[[str], str] = new_python) -> str:
     """Run code in a process in which these packages are not there."""
-    return python(
+    return run(
         f"BLOCKED = {names!r}\n"
         + textwrap.dedent(BLOCKER)
         + "\nsys.meta_path.insert(0, Blocker())\n"
@@ -107,7 +112,7 @@ def test_import_and_probing_import_nothing_foreign() -> None:
         print(*sorted(name for name in new if not name.startswith("_")))
     """
     allowed = {"anyattn", "packaging"} | set(sys.stdlib_module_names)
-    assert set(python(code).split()) - allowed <= {"torch"}
+    assert set(new_python(code).split()) - allowed <= {"torch"}
 
 
 def test_import_reads_no_cuda() -> None:
@@ -192,7 +197,7 @@ def test_a_package_that_is_not_installed_is_a_reason(tmp_path: Path) -> None:
         assert "flash-attn-4" in status.install
         print(status.reason)
     """
-    assert blocked(code, ("flash_attn", "cutlass")).strip()
+    assert blocked(code, ("flash_attn", "cutlass"), python).strip()
 
 
 def test_a_metadata_version_that_is_none_does_not_crash(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(file: Path) -> set[str]:
+@functools.cache
+def imports(file: Path) -> frozenset[str]:
     """Every module that a file imports, at the top or inside functions, but for type checking only."""
     tree = ast.parse(file.read_text())
     for node in ast.walk(tree):
@@ -55,7 +57,19 @@ def imports(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     modules = {module_name(f) for f in FILES}
-    return {name for name in found if not name.startswith("anyattn") or name in modules}
+    return frozenset(name for name in found if not name.startswith("anyattn") or name in modules)
+
+
+@functools.cache
+def strings(file: Path) -> frozenset[str]:
+    """Every string in a file that is neither a docstring nor a statement of its own."""
+    tree = ast.parse(file.read_text())
+    docs = {id(n.body[0].value) for n in ast.walk(tree)
+            if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and n.body
+            and isinstance(n.body[0], ast.Expr)}  # fmt: skip
+    docs |= {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    constants = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return frozenset(n.value for n in constants if id(n) not in docs)
 
 
 # --- frozen --------------------------------------------------------------------------------------------------------
@@ -112,14 +126,7 @@ def test_nothing_outside_a_backends_file_knows_its_name(name: str) -> None:
             continue
         if where.startswith("cli/") or (file.parent.name == "backends" and name in kernels_of(file.stem)):
             continue
-        tree = ast.parse(file.read_text())
-        docs = {id(n.body[0].value) for n in ast.walk(tree)
-                if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and n.body
-                and isinstance(n.body[0], ast.Expr)}  # fmt: skip
-        docs |= {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
-        constants = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-        strings = [n.value for n in constants if id(n) not in docs]
-        assert name not in strings, f"{where} names the backend {name}"
+        assert name not in strings(file), f"{where} names the backend {name}"
         assert f"anyattn.backends.{name}" not in imports(file), f"{where} imports the backend {name}"
 
 

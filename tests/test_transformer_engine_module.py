@@ -8,7 +8,6 @@ import gc
 import importlib
 import inspect
 import re
-import subprocess
 import sys
 import types
 import weakref
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 import anyattn
+import fresh
 import te_cases
 from anyattn.integrations import _te_rows, transformer_engine
 from anyattn.integrations._transformers_memory import memory
@@ -51,7 +51,8 @@ def test_it_needs_no_transformer_engine() -> None:
         "import sys; import anyattn.integrations.transformer_engine as t; t.DotProductAttention(2, 8); "
         "assert not {'transformer_engine', 'transformers', 'diffusers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = fresh.run(code)
+    assert done.returncode == 0, done.stderr
 
 
 def plain(seq: int = 6, heads: int = 2, dim: int = 8, **options: Any) -> tuple[DotProductAttention, list[Tensor]]:

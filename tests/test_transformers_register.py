@@ -1,12 +1,10 @@
 """Names under which transformers finds anyattn, and the undoing of them."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import anyattn
+import fresh
 from anyattn.backends import ORDER
 from anyattn.integrations import _transformers_call as call
 from anyattn.integrations import transformers as integration
@@ -193,7 +191,8 @@ except anyattn.MissingExtra as error:
 
 
 def test_without_transformers():
-    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=True)
+    done = fresh.run(BLOCKED)
+    assert done.returncode == 0, done.stderr
     assert done.stdout == (
         "anyattn.integrations.transformers needs what is not installed here, transformers: "
         "pip install 'anyattn[transformers]'\n"
@@ -202,4 +201,5 @@ def test_without_transformers():
 
 def test_import_leaves_transformers_alone():
     code = "import sys, anyattn; anyattn.integrations.transformers; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = fresh.run(code)
+    assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 import anyattn
 import cases
+import context_pool
 
 
 def test_runs_forward_and_backward_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +62,7 @@ def _process(rank: int, folder: str) -> None:
 
 
 def test_one_process_per_host_goes_first(tmp_path: Path) -> None:
-    mp.spawn(_process, (str(tmp_path),), nprocs=4)
+    context_pool.server()
+    mp.start_processes(_process, (str(tmp_path),), nprocs=4, start_method="forkserver")
     assert [(tmp_path / f"saw-{rank}").read_text() for rank in (1, 3)] == ["True", "True"]
     assert all((tmp_path / f"begun-{rank}").exists() for rank in range(4))

@@ -151,6 +151,8 @@ def sum_rows(
 ) -> None:
     """See ``_rows.sum_rows``; nothing is empty but perhaps sources. ``check`` is called for a new kind of arguments."""
     assert table.shape[0] == out.shape[0], f"table {table.shape} for out {out.shape}"
+    if not 1 <= len(sources) <= 4:
+        check()  # says what is wrong
     ends = [0] * 4
     for i, source in enumerate(sources):
         ends[i] = ends[i - 1] + source.shape[0]
@@ -165,7 +167,7 @@ def sum_rows(
     def with_strides(x: Tensor | None) -> tuple[Tensor | None, int, int]:
         return (x, 0, 0) if x is None else (x, x.stride(0), x.stride(1) if heads > 1 else 0)
 
-    a, b, c, d = map(with_strides, (*sources, *(None,) * 4)[:4])
+    a, b, c, d = map(with_strides, (*sources, None, None, None)[:4])
     units, block_c = out.shape[0] * heads, _chunk(dim)
     block_r = min(256, _SUM_BLOCK // (block_c * max(4, out.itemsize)))
     o, start, constants = with_strides(out), with_strides(base), (len(sources), is_copy(table, base), base is not None)

@@ -8,6 +8,8 @@ S rows, H heads, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import and_
 from typing import Any, NamedTuple
 
 import torch
@@ -159,24 +161,25 @@ def _mask_mod(kind: Kind, terms: Terms, own: MaskMod | None) -> MaskMod:
     tag_q, tag_k = terms.tag_q, terms.tag_k
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = b.new_ones((), dtype=torch.bool)
+        seen = []
         if tag_q is not None and tag_k is not None:
-            seen = seen & (tag_q[b, i] == tag_k[b, j])
+            seen.append(tag_q[b, i] == tag_k[b, j])
         if kind.causal:
-            seen = seen & (distance(b, i, j) <= 0)
+            seen.append(distance(b, i, j) <= 0)
         if right is not None:
-            seen = seen & (distance(b, i, j) <= right)
+            seen.append(distance(b, i, j) <= right)
         if left is not None:
-            seen = seen & (distance(b, i, j) >= -left)
+            seen.append(distance(b, i, j) >= -left)
         if mask is not None and kind.mask is not None:
-            seen = seen & _at(mask, kind.mask, b, h, i, j)
+            seen.append(_at(mask, kind.mask, b, h, i, j))
         if own is not None:
             allowed = own(b, h, i, j)
             if states is not None and kind.states is not None:
                 state = _at(states, kind.states, b, h, i // kind.own_block[0], j // kind.own_block[1])
                 allowed = (state == 2) | ((state == 1) & allowed)
-            seen = seen & allowed
-        return seen
+            seen.append(allowed)
+        # Begun with no constant: torch may keep one as a tensor, in a CUDA graph's memory if it compiles there.
+        return reduce(and_, seen) if seen else i == i
 
     return mask_mod
 
