@@ -225,11 +225,16 @@ _PEER = re.compile(r"forward and backward, (?P<case>.+?), (?P<peer>ring-flash-at
 
 
 def context() -> str:
-    """Speed of every scheme against one GPU, and of others' context parallelism in the same runs."""
+    """Speed of every scheme against one GPU, and of others' context parallelism in the same runs, by number of GPUs."""
+    files = [(path, content) for path, content in _results("context") if "rows" in content]
+    ranks = sorted({content["machine"]["ranks"] for _, content in files}, reverse=True)
+    return "\n\n".join(_on_ranks([x for x in files if x[1]["machine"]["ranks"] == n]) for n in ranks)
+
+
+def _on_ranks(files: list[tuple[Path, dict[str, Any]]]) -> str:
     cells: dict[tuple[str, str], str] = {}
     links = []
-    measured = [(path, content) for path, content in _results("context") if "rows" in content]
-    for path, content in measured:
+    for path, content in files:
         links.append(f"[file](../benchmarks/results/{path.name})")
         for row in content["rows"]:
             if found := _CONTEXT.match(row["name"]):
@@ -240,7 +245,7 @@ def context() -> str:
     cases = [case for case in ("32k", "128k", "packed 64k", "window 4k, 128k") if case in {c for c, _ in cells}]
     ways = sorted({way for _, way in cells}, key=_order_of)
     rows = [("", *cases), *((way, *(cells.get((c, way), "") for c in cases)) for way in ways)]
-    machine = measured[0][1]["machine"]
+    machine = files[0][1]["machine"]
     head = (
         f"Forward and backward on {machine['ranks']} {machine['gpu']}, torch {machine['torch'].partition('+')[0]}, "
         "heads 32/8, head_dim 128, bfloat16, causal: TFLOP/s per GPU, and in brackets the ratio to the same kernel on "

@@ -1,7 +1,7 @@
 """Calling a compiled kernel of FlashAttention 4 again without the Python around it.
 
 The raw forward function looks at every argument, anew at each call, to find the kernel that it compiled for them: 60 us
-and more of host time, of which the kernel's launch is a tenth. What it finds depends on shapes, strides, dtypes and
+and more of host time, several times what the kernel's launch takes. What it finds depends on shapes, strides, dtypes and
 numbers alone, and so do the arguments that it gives the kernel, but for the tensors. So the first call of a kind goes
 through it while what it calls is noted; later calls of the kind give the same kernel the same numbers and their own
 tensors.
@@ -25,7 +25,8 @@ from anyattn._call import Call
 #: Releases whose forward function was read: it prepares, calls one kernel by its cache of kernels, and returns.
 READ = frozenset(f"4.0.0b{n}" for n in range(26, 37))
 
-_MEMO = "kept"
+#: Kinds of one spec that are kept: the stages of a plan are several.
+_KINDS = 256
 
 
 class Kept(NamedTuple):
@@ -74,9 +75,22 @@ def kind_of(call: Call, place: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def find(entry: Any, call: Call, kind: tuple[Any, ...]) -> Kept | None:
-    """What is kept for a call: of each spec the last kind, for most models call alike from layer to layer."""
-    kept: Kept | None = call.spec.memo.get(_MEMO)
-    return kept if kept is not None and kept.kind == kind and kept.entry is entry else None
+    """What is kept for a call. The last kind of its spec is compared, which costs less than a look-up: mostly it is."""
+    memo = call.spec.memo
+    kept: Kept | None = memo.get("last kept")
+    if kept is None or kept.kind != kind:
+        kept = memo["kept"].get(kind) if "kept" in memo else None
+        if kept is None:
+            return None
+        memo["last kept"] = kept
+    return kept if kept.entry is entry else None
+
+
+def _keep(call: Call, kept: Kept) -> None:
+    kinds = call.spec.memo.setdefault("kept", {})
+    if len(kinds) >= _KINDS:
+        kinds.clear()
+    kinds[kept.kind] = call.spec.memo["last kept"] = kept
 
 
 def run(kept: Kept, call: Call, place: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
@@ -93,7 +107,7 @@ def run(kept: Kept, call: Call, place: Tensor | None) -> tuple[Tensor, Tensor | 
     try:
         kept.kernel(*kept.arranged((*_tensors(call, out, lse), *kept.constants)))
     except Exception:  # of its checks, before it is launched; any other one, the raw function will raise too
-        call.spec.memo[_MEMO] = kept._replace(kernel=None)
+        _keep(call, kept._replace(kernel=None))
         return None
     return out, lse
 
@@ -171,7 +185,7 @@ def note(entry: Any, call: Call, kind: tuple[Any, ...], arguments: dict[str, Any
     finally:
         _noting.release()
     kept = _kept(entry, kind, notes.calls[0], {**given, "out": out, "lse": lse}) if len(notes.calls) == 1 else None
-    call.spec.memo[_MEMO] = Kept(entry, kind, None, tuple, (), False) if kept is None else kept
+    _keep(call, Kept(entry, kind, None, tuple, (), False) if kept is None else kept)
     return out, lse
 
 
