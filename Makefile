@@ -33,7 +33,7 @@ demo: $(STAMPS)/demo
 	$(BIN)/anyattn demo $(ARGS)
 
 test: $(STAMPS)/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: lint types spelling docs-check
 

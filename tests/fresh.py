@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 #: Seconds that a piece of code has.
@@ -39,12 +40,12 @@ exec(compile(given["code"], "<string>", "exec"), {{"__name__": "__main__"}})
 """
 
 
-def run(code: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, path: Sequence[Path] = (), **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in an interpreter of its own.
 
     Args:
         code: may be indented.
-        path: a folder of packages that goes before all others, as in PYTHONPATH.
+        path: folders of packages that go before all others, as in PYTHONPATH.
         **environment: variables beside those of this process.
     """
     if not _servers:
@@ -55,15 +56,18 @@ def run(code: str, path: Path | None = None, **environment: str) -> subprocess.C
     assert server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        given = {"code": textwrap.dedent(code), "path": [] if path is None else [str(path)], "out": str(out),
+        given = {"code": textwrap.dedent(code), "path": list(map(str, path)), "out": str(out),
                  "err": str(err), "environment": {**os.environ, **environment}}  # fmt: skip
         server.stdin.write(json.dumps(given) + "\n")
         server.stdin.flush()
-        status = int(server.stdout.readline())
-        return subprocess.CompletedProcess(code, status, out.read_text(), err.read_text())
+        status = server.stdout.readline()
+        assert status, f"the interpreter to fork from ended: {_servers.pop().wait(LIMIT)}"
+        return subprocess.CompletedProcess(code, int(status), out.read_text(), err.read_text())
 
 
-def script(file: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def script(
+    file: Path, *options: str, path: Sequence[Path] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a file as ``python file option ...`` does."""
     return run(
         f"""
@@ -71,6 +75,7 @@ def script(file: Path, *options: str, **environment: str) -> subprocess.Complete
         sys.argv[:], sys.path[0] = {[str(file), *options]!r}, {str(file.parent)!r}
         runpy.run_path(sys.argv[0], run_name="__main__")
         """,
+        path,
         **environment,
     )
 

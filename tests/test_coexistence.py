@@ -31,7 +31,8 @@ def test_generations_run_side_by_side(qkv: list[Tensor]) -> None:
             out = anyattn.attention(*qkv, causal=True, backend=name)
             torch.autograd.grad(out.float().sum(), qkv)
             torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=0)
-        assert [len(double.calls) for double in (machine.fa2, machine.fa3, machine.fa4) if double] == [4, 4, 4]
+        # fa4's forward kernel is called again without the raw function
+        assert [len(double.calls) for double in (machine.fa2, machine.fa3, machine.fa4) if double] == [4, 4, 3]
 
 
 @pytest.mark.parametrize("newer", ["2.7.0", "2.8.3"])

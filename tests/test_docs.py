@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import anyattn
+import fresh
 
 SOURCE = Path(anyattn.__file__).parent
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,15 +69,24 @@ class Clone:
 
     def run(self, *command: str) -> str:
         """What a command prints; it must succeed."""
-        path = os.pathsep.join(str(self.folder / name) for name in ("src", "tests"))
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
+        return self._printed(subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=300))
 
     def python(self, code: str) -> str:
         """What a piece of Python prints."""
-        return self.run(sys.executable, "-c", code)
+        return self._printed(fresh.run(code, self._path))
+
+    def script(self, name: str, *options: str) -> str:
+        """What a file of Python prints."""
+        return self._printed(fresh.script(self.folder / name, *options, path=self._path))
+
+    @property
+    def _path(self) -> list[Path]:
+        return [self.folder / name for name in ("src", "tests")]
+
+    @staticmethod
+    def _printed(done: subprocess.CompletedProcess[str]) -> str:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
 
 
 def test_the_page_about_adding_a_backend_works(tmp_path: Path) -> None:
@@ -91,7 +99,9 @@ def test_the_page_about_adding_a_backend_works(tmp_path: Path) -> None:
     order, shown = re.findall(r"^\$ (sed .*|\.venv/bin/python -c .*\n.*)$", page, re.MULTILINE)
     clone.run(*shlex.split(order))
     command, printed = shown.split("\n")
-    got = clone.run(sys.executable, *shlex.split(command)[1:])
+    _, option, piece = shlex.split(command)
+    assert option == "-c"
+    got = clone.python(piece)
     assert got.split()[0] == printed.split()[0] == "toy"
     assert got.split()[2:] == printed.split()[2:]  # between them is torch's version
 
@@ -102,8 +112,8 @@ def test_the_page_about_adding_a_backend_works(tmp_path: Path) -> None:
 
     assert int(clone.python(TESTS_OF_THE_TOY)) > 10
 
-    clone.run(sys.executable, "docs/generate.py")
-    clone.run(sys.executable, "docs/generate.py", "--check")
+    clone.script("docs/generate.py")
+    clone.script("docs/generate.py", "--check")
     written = (clone.folder / "docs" / "backends" / "toy.md").read_text("utf-8")
     assert "| heads | at most 64 | all |" in written
     assert "toy" in (clone.folder / "docs" / "support.md").read_text("utf-8")

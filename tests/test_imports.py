@@ -43,7 +43,7 @@ BLOCKER = """
 
 def python(code: str, *, path: Path | None = None, **env: str) -> str:
     """Run code in an interpreter that has imported torch alone; its output."""
-    result = fresh.run(code, path, **env)
+    result = fresh.run(code, () if path is None else (path,), **env)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
