@@ -148,6 +148,7 @@ def host_time(name: str, kernel: type[Raw], packed: bool) -> list[Row]:
     }
     if not kernel.differentiates:
         bare: Any = raw.Bare.apply
+        thunks["bare forward"] = lambda: bare(entry, q, k, v)
         thunks["bare"] = lambda: torch.autograd.grad(bare(entry, q, k, v), leaves, batch.dout)
     if name in WITH_GAPS:
         padded = Padded(name, TINY, [24, 24], grad=True)
@@ -160,7 +161,9 @@ def host_time(name: str, kernel: type[Raw], packed: bool) -> list[Row]:
         Row(both, us["both"], us["raw both"], "us", "its raw entry points"),  # autograd's engine is in it
     ]
     if "bare" in us:
-        rows.append(Row(both, us["both"], us["bare"], "us", "a bare autograd.Function of its raw entry points"))
+        against = "a bare autograd.Function of its raw entry points"
+        rows.append(Row(forward, us["forward"], us["bare forward"], "us", against))
+        rows.append(Row(both, us["both"], us["bare"], "us", against))
     if "padded both" in us:
         more = "<= +30 us" if get_backend(name).CAPABILITIES[0].writes_gaps else "<= +45 us"
         what, against = "host time, tiny padded call with gradients", "its raw entry points, compact"
