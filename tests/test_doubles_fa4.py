@@ -19,6 +19,7 @@ from torch import Tensor
 import anyattn
 import cases
 from anyattn import _api, _select, _traced
+from anyattn._call import Call
 from anyattn._request import Tensors
 from anyattn.backends import _fa4_kept as kept_kernels
 from anyattn.backends import fa4
@@ -210,6 +211,120 @@ def test_another_kind_is_not_taken_for_a_kept_one() -> None:
     with pretend("sm90", fa4=NEWEST) as machine:
         given = [{"qkv": x, "packing": packing} for x in (wide[0], wide[1], apart[0], apart[1], wide[0], apart[0])]
         assert _again(machine, *given) == [1, 1, 2, 2, 2, 2]
+
+
+def _call(**changes: Any) -> Call:
+    q, k, v = torch.randn(3, 16, 2, 32, dtype=torch.bfloat16).unbind()
+    rows = _packed([8, 8])._rows
+    given = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "spec": None,
+        "kernel": "fa4",
+        "rows_q": rows,
+        "rows_k": rows,
+        "sink": torch.ones(2),
+    }
+    return Call(**(given | changes))
+
+
+_OTHERS: dict[str, dict[str, Any]] = {
+    "rows of q": {"q": torch.randn(24, 2, 32, dtype=torch.bfloat16)},
+    "heads of k and v": {n: torch.randn(16, 1, 32, dtype=torch.bfloat16) for n in "kv"},
+    "head_dim_v": {"v": torch.randn(16, 2, 64, dtype=torch.bfloat16)},
+    "strides of q": {"q": torch.randn(16, 2, 64, dtype=torch.bfloat16)[..., :32]},
+    "strides of k": {"k": torch.randn(16, 4, 32, dtype=torch.bfloat16)[:, ::2]},
+    "strides of v": {"v": torch.randn(32, 2, 32, dtype=torch.bfloat16)[::2]},
+    "dtype": {n: torch.randn(16, 2, 32, dtype=torch.float16) for n in "qkv"},
+    "no sink": {"sink": None},
+    "dtype of the sink": {"sink": torch.ones(2, dtype=torch.bfloat16)},
+    "dense": {"rows_q": None, "rows_k": None},
+    "sequences": {"rows_q": anyattn.Packing.from_lengths([8, 8], max_seqlen=8)._rows},
+    "max_seqlen": {"rows_q": anyattn.Packing.from_lengths([8, 8], max_sequences=3, max_seqlen=16, max_rows=16)._rows},
+    "max_seqlen of keys": {
+        "rows_k": anyattn.Packing.from_lengths([8, 8], max_sequences=3, max_seqlen=16, max_rows=16)._rows
+    },
+    "gaps": {"rows_q": replace(_packed([8, 8])._rows, gaps=not _packed([8, 8])._rows.gaps)},
+    "gaps of keys": {"rows_k": replace(_packed([8, 8])._rows, gaps=not _packed([8, 8])._rows.gaps)},
+}
+
+
+@pytest.mark.parametrize("other", _OTHERS)
+def test_all_that_the_raw_function_looks_at_makes_a_kind(other: str) -> None:
+    one = kept_kernels.kind_of(_call(), None)
+    assert one is not None
+    assert one == kept_kernels.kind_of(_call(), None)
+    assert kept_kernels.kind_of(_call(**_OTHERS[other]), None) not in (None, one)
+
+
+def test_places_make_kinds() -> None:
+    compact, apart = torch.zeros(16, 2, 32), torch.zeros(16, 4, 32)[:, ::2]
+    kinds = [kept_kernels.kind_of(_call(), place) for place in (None, compact, apart, torch.zeros(16, 2, 32))]
+    assert kinds[1] == kinds[3]
+    assert len(set(kinds)) == 3
+
+
+def test_what_would_be_copied_first_has_no_kind() -> None:
+    off = torch.randn(16 * 2 * 32 + 1, dtype=torch.bfloat16)[1:].view(16, 2, 32)
+    odd = torch.ones(3, dtype=torch.bfloat16)[1:]
+    call = _call()
+    for changes in ({"q": off}, {"k": off}, {"v": off}, {"sink": torch.ones(2, 2)[:, 0]}, {"sink": odd},
+                    {"q": call.k, "k": call.k}, {"v": call.k, "k": call.k}, {"v": call.q, "q": call.q}):  # fmt: skip
+        assert kept_kernels.kind_of(_call(**changes), None) is None
+    assert kept_kernels.kind_of(call, off) is None
+
+
+def test_only_one_kernel_over_our_tensors_is_kept() -> None:
+    """Not several, none that gets another tensor or a list, none that does not get all of ours."""
+    names = ("q", "k", "v", "out", "lse")
+    ours = {name: torch.randn(4, 2, 8) for name in names}
+    right = (*(x.detach() for x in ours.values()), 0.5, None, (None, 3), True)
+
+    def kept(*noted: tuple[Any, ...], **changes: Any) -> Any:
+        return kept_kernels._kept(None, (), [(print, arguments) for arguments in noted], ours | changes)
+
+    found = kept(right)
+    assert found is not None
+    assert found.constants == (0.5, None, (None, 3), True)
+    assert kept() is None
+    assert kept(right, right) is None
+    assert kept((*right, torch.randn(4, 2, 8))) is None
+    assert kept((*right, [None])) is None
+    assert kept((*right, (ours["q"],))) is None
+    assert kept(right[1:]) is None
+    assert kept((ours["q"].clone(), *right[1:])) is None
+    assert kept(right, k=ours["q"]) is None
+
+
+def test_a_warm_up_with_one_tensor_leaves_others_to_be_kept() -> None:
+    packing, (q, k, v) = _packed([8, 8]), torch.randn(3, 16, 2, 32, dtype=torch.bfloat16).unbind()
+    with pretend("sm90", fa4=NEWEST) as machine, torch.no_grad():
+        anyattn.warm_up(q, q, q, packing=packing, backend="fa4")
+        before = _raw_forwards(machine)
+        for _ in range(3):
+            anyattn.attention(q, k, v, packing=packing, backend="fa4")
+        assert _raw_forwards(machine) == before + 1
+
+
+def test_sinks_of_any_layout() -> None:
+    """A column of a table of sinks, and one that begins at an odd place: a kept kernel would not take them."""
+    table = torch.randn(2, 5)
+    bytes_apart = torch.randn(3, dtype=torch.bfloat16)
+    with pretend("sm90", fa4=NEWEST) as machine:
+        good = {"packing": _packed([8, 8]), "sink": table[:, 1].contiguous()}
+        assert _again(machine, dict(good), dict(good)) == [1, 1]
+        assert _again(machine, good | {"sink": table[:, 1]}, good | {"sink": table[:, 2]}) == [2, 3]
+        assert _again(machine, dict(good)) == [3]
+        odd = good | {"sink": bytes_apart[1:]}
+        assert _again(machine, dict(odd), dict(odd)) == [4, 5]
+
+
+def test_places_are_written_by_kept_kernels_too() -> None:
+    case = replace(_PLACED[0], target=double("fa4", NEWEST))
+    with case.target.machine():
+        for _ in range(3):
+            assert taken(case, fa4, heads=True) == ["out", "dq", "dk", "dv"]
 
 
 @pytest.mark.parametrize("batch", ["alike", "off", "many"])

@@ -315,6 +315,23 @@ def test_which_rows_are_entries() -> None:
     assert _flex_call.entries_of(call._replace(mask=torch.ones(2, 1, 4, 4, dtype=torch.bool))) == 2
 
 
+@needs_compiler
+@pytest.mark.parametrize("own", [None, lambda b, h, i, j: True], ids=["none", "a bool"])
+def test_a_mask_mod_that_lets_all_through(own: Any) -> None:
+    """Blocks alone say what is hidden: as partial ones, with torch's own function of no mask, or a bool for all."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    counts, order = torch.tensor([[[1, 2]]], dtype=torch.int32), torch.tensor([[[[1, 0], [0, 1]]]], dtype=torch.int32)
+    mask = BlockMask.from_kv_blocks(counts, order, BLOCK_SIZE=16, seq_lengths=(32, 32), mask_mod=own)
+    q, k, v = torch.randn(3, 1, 32, 2, 16).unbind()
+    visible = torch.ones(32, 32, dtype=torch.bool)
+    visible[:16, :16] = False
+    with torch.no_grad():
+        out = anyattn.attention(q, k, v, mask=mask, backend="flex")
+        exact = anyattn.attention(q, k, v, mask=visible[None, None], backend="reference")
+    torch.testing.assert_close(out, exact)
+
+
 # --- a BlockMask in a compiled region --------------------------------------------------------------------------------
 
 

@@ -113,9 +113,11 @@ def _batch(name: str) -> anyattn.Packing:
     return anyattn.Packing(*offsets, rows=rows)
 
 
+@pytest.mark.parametrize("whole", [_padding.WHOLE, 0])
 @pytest.mark.parametrize("name", BATCHES)
-def test_masks_say_what_is_padding(name: str) -> None:
+def test_masks_say_what_is_padding(name: str, whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What serves small CUDA tensors writes what the CPU's slices do: in rows of any stride, and in lse."""
+    monkeypatch.setattr(_padding, "WHOLE", whole)
     packing = _batch(name)
     out, lse = torch.randn(packing.rows + 1, 2, 3), torch.randn(2, packing.rows + 1)
     wide = torch.randn(packing.rows + 1, 2, 5)[..., :3]

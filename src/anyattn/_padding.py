@@ -1,8 +1,8 @@
 """Zeroing what lies outside every sequence, and nothing else.
 
 No kernel writes those rows: they hold whatever the allocator left there. On CUDA, small tensors get a masked write
-each, by masks made once per packing: nothing costs the host less. Large ones get one small Triton launch for all
-tensors of a direction; blocks that hold no such row end after a look at the offsets.
+each, by masks made once per packing and kind of tensor: nothing costs the host less. Large ones get one small Triton
+launch for all tensors of a direction; blocks that hold no such row end after a look at the offsets.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anyattn._call import Rows
-from anyattn._derived import kept
+from anyattn._derived import derived, kept
 from anyattn._rows import valid_rows
 
 Fill = tuple[Tensor, int, float]
@@ -21,6 +21,8 @@ Fill = tuple[Tensor, int, float]
 
 #: Bytes that a tensor may have to be read and written whole: a microsecond or two of a GPU.
 SMALL = 4 << 20
+#: Elements up to which a mask is kept as wide as its tensor: a quarter of a MiB for each kind of tensor of a packing.
+WHOLE = 1 << 18
 
 
 def fill_gaps(rows: Rows, *fills: Fill) -> None:
@@ -52,14 +54,21 @@ def fill_by_masks(rows: Rows, fills: tuple[Fill, ...]) -> bool:
 
 
 def _mask(rows: Rows, shape: torch.Size, dim: int) -> Tensor:
-    """True outside every sequence: where as many sequences have begun as have ended.
+    """True outside every sequence: as wide as the tensor, where that is little, for broadcast it costs the host more.
 
-    Of the tensor's own shape: a mask that is broadcast costs the host a third more at every write.
+    All of a number of rows are made from one.
     """
+    mask = derived(rows, rows, ("padding", shape[dim]), partial(_outside, rows, shape[dim]))
+    mask = mask.view(-1, *(1,) * (len(shape) - 1 - dim))
+    return mask.expand(shape).contiguous() if shape.numel() <= WHOLE else mask
+
+
+def _outside(rows: Rows, total: int) -> Tensor:
+    """Bool (total,): where as many sequences have begun as have ended."""
     begin = rows.starts[:-1]
-    row = torch.arange(shape[dim], dtype=torch.int32, device=begin.device)
+    row = torch.arange(total, dtype=torch.int32, device=begin.device)
     begun, ended = (torch.searchsorted(x, row, out_int32=True, right=True) for x in (begin, begin + rows.lengths))
-    return (begun == ended).view(-1, *(1,) * (len(shape) - 1 - dim)).expand(shape).contiguous()
+    return begun == ended
 
 
 def _fill_in_one_launch(rows: Rows, fills: tuple[Fill, ...]) -> None:

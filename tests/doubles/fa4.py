@@ -229,6 +229,7 @@ class Interface:
         q, k, v = (self.maybe_contiguous(_last_contiguous(x)) for x in qkv)
         given = [g.get(f"{name}_{side}") for name in ("cu_seqlens", "seqused") for side in "qk"]
         sink, causal = g.get("learnable_sink"), g["causal"]
+        sink = None if sink is None else _aligned_copy(_last_contiguous(sink), 4)
         longest = g.get("max_seqlen_q"), g.get("max_seqlen_k")
         window = g["window_size_left"], None if causal else g["window_size_right"]
         key = (
@@ -239,7 +240,7 @@ class Interface:
         if key not in cache:
             fixed = {"causal": causal, "softcap": g["softcap"]}
             fixed |= {f"max_seqlen_{side}": bound for side, bound in zip("qk", longest, strict=True)}
-            cache[key] = _kernel(fixed)
+            cache[key] = _kernel(fixed, q.dtype, (q.shape[-2:], k.shape[-2:], v.shape[-2:]))
         table = given[0].clone() if given[0] is not None and given[0].shape[0] > TABLES + 1 else None
         cache[key](
             q, k, v, out.detach(), lse, g["softmax_scale"], *given, None, *window, sink, None, AuxData(), table, None
@@ -275,11 +276,23 @@ class Interface:
         return tuple(grads)
 
 
-def _kernel(fixed: dict[str, Any]) -> Callable[..., None]:
-    """A compiled forward: numbers in ``fixed`` are constants of it."""
+def _kernel(fixed: dict[str, Any], dtype: torch.dtype, heads: tuple[torch.Size, ...]) -> Callable[..., None]:
+    """A compiled forward: numbers in ``fixed``, the dtype, heads and head dims are constants of it.
+
+    It checks what those of the package check of their tensors before they are launched.
+    """
 
     def kernel(*arguments: Any) -> None:
         q, k, v, out, lse, scale, starts_q, starts_k, used_q, used_k, _, left, right, sink, _, _, table, _ = arguments
+        for x, shape in zip((q, k, v), heads, strict=True):
+            if x.dtype != dtype or x.shape[-2:] != shape:
+                raise ValueError(f"compiled for {dtype}, {shape}, got {x.dtype}, {x.shape[-2:]}")
+        for x in (q, k, v, out):
+            if x.stride(-1) != 1 or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:-1]):
+                raise ValueError("a tensor that is not aligned to 16 bytes, or has holes in its last dim")
+        for x in (lse, sink, starts_q, starts_k, used_q, used_k):
+            if x is not None and (x.data_ptr() % 4 or x.stride(-1) != 1):
+                raise ValueError("a tensor that is not aligned to 4 bytes, or has holes")
         assert table is None or torch.equal(table, starts_q), "the table of another batch"
         tensors = {"q": q, "k": k, "v": v, "cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "learnable_sink": sink}
         used = {"seqused_q": used_q, "seqused_k": used_k}

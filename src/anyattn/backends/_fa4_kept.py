@@ -51,23 +51,26 @@ def were_read(version: str | None) -> bool:
 
 
 def kind_of(call: Call, place: Tensor | None) -> tuple[Any, ...] | None:
-    """All of a call, beside its spec, that the raw function looks at; None where tensors are not aligned as most are.
+    """All of a call, beside its spec, that the raw function looks at; None where nothing is kept.
+
+    That is of tensors that it would copy first, that cannot be told from one another, or that are none in truth.
 
     Args:
         call: the call.
         place: where out is to be written, if not to new memory.
     """
-    q, k, v = call.q, call.k, call.v
-    pointers = q.data_ptr() | k.data_ptr() | v.data_ptr()
-    if place is not None:
-        pointers |= place.data_ptr()
-    if pointers & 15:
+    q, k, v, sink = call.q, call.k, call.v, call.sink
+    at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    pointers = at_q | at_k | at_v if place is None else at_q | at_k | at_v | place.data_ptr()
+    if pointers & 15 or at_q == at_k or at_k == at_v or at_v == at_q:
         return None
-    rows_q, rows_k, sink = call.rows_q, call.rows_k, call.sink
+    if sink is not None and (sink.data_ptr() & 3 or not sink.is_contiguous()):
+        return None
+    rows_q, rows_k = call.rows_q, call.rows_k
     return (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device,
         None if place is None else place.stride(),
-        None if sink is None else (sink.dtype, sink.stride()),
+        None if sink is None else sink.dtype,
         None if rows_q is None or rows_k is None else (
             rows_q.lengths.shape[0], rows_q.max_seqlen, rows_k.max_seqlen, rows_q.gaps, rows_k.gaps
         ),
@@ -106,7 +109,7 @@ def run(kept: Kept, call: Call, place: Tensor | None) -> tuple[Tensor, Tensor | 
     assert kept.kernel is not None
     try:
         kept.kernel(*kept.arranged((*_tensors(call, out, lse), *kept.constants)))
-    except Exception:  # of its checks, before it is launched; any other one, the raw function will raise too
+    except (TypeError, ValueError):  # its checks, which come before its launch
         _keep(call, kept._replace(kernel=None))
         return None
     return out, lse
@@ -137,7 +140,8 @@ class _Notes:
 
     def __init__(self, cache: Any) -> None:
         self._cache = cache
-        self._thread = threading.get_ident()
+        self.thread: int | None = threading.get_ident()
+        """Whose calls are noted; None: nobody's any more."""
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def __contains__(self, key: Any) -> bool:
@@ -151,7 +155,7 @@ class _Notes:
 
     def __getitem__(self, key: Any) -> Any:
         kernel = self._cache[key]
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self.thread:
             return kernel
 
         def noted(*arguments: Any) -> Any:
@@ -181,12 +185,14 @@ def note(entry: Any, call: Call, kind: tuple[Any, ...], arguments: dict[str, Any
         try:
             out, lse, *_ = entry(**given)
         finally:
-            entry.compile_cache = cache
+            notes.thread = None
+            if entry.compile_cache is notes:
+                entry.compile_cache = cache
     finally:
         _noting.release()
-    kept = _kept(entry, kind, notes.calls[0], {**given, "out": out, "lse": lse}) if len(notes.calls) == 1 else None
+    kept = _kept(entry, kind, notes.calls, {**given, "out": out, "lse": lse})
     _keep(call, Kept(entry, kind, None, tuple, (), False) if kept is None else kept)
-    return out, lse
+    return arguments.get("out", out), lse
 
 
 #: The arguments of the raw function in the order of ``_tensors``, in which out and lse are results.
@@ -196,10 +202,12 @@ _NAMES = (
 
 
 def _kept(
-    entry: Any, kind: tuple[Any, ...], noted: tuple[Any, tuple[Any, ...]], ours: dict[str, Any]
-) -> Kept | None:  # fmt: skip
-    """None where an argument of the kernel is neither a tensor of ours nor a constant."""
-    kernel, arguments = noted
+    entry: Any, kind: tuple[Any, ...], noted: list[tuple[Any, tuple[Any, ...]]], ours: dict[str, Any]
+) -> Kept | None:
+    """None where there was another number of kernels than one, or one that got something else than is ours."""
+    if len(noted) != 1:
+        return None
+    ((kernel, arguments),) = noted
     tensors = {name: ours[name] for name in _NAMES if ours.get(name) is not None}
     places: list[int] = []
     constants: list[Any] = []

@@ -351,10 +351,14 @@ def kernel_cache() -> str | None:
 def forward(call: Call) -> Result:
     """See ``Backend.forward``."""
     spec, place = call.spec, None
-    if call.out is not None and _takes_places and _aligned(call.out) is call.out:
+    if call.out is not None and _takes_places and _fits(call.out):
         place = call.out
     out, lse = (_kept_forward(call, place) if _keeps else None) or _raw(_forward_arguments(call, place))
     return Result(out, lse if spec.need_lse else None)
+
+
+#: Neither a tensor without memory nor one that does more than a tensor.
+_REAL = (Tensor, torch.nn.Parameter)
 
 
 def _raw(arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -364,7 +368,7 @@ def _raw(arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
 
 def _kept_forward(call: Call, place: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
     """By the kernel that the last call of the kind came to, or so that the next one finds it; None: by neither."""
-    kind = kept_kernels.kind_of(call, place)
+    kind = kept_kernels.kind_of(call, place) if call.q.__class__ in _REAL else None
     if kind is None:
         return None
     kept = kept_kernels.find(_raw_forward, call, kind)
@@ -454,7 +458,11 @@ def _lengths(call: Call) -> dict[str, Any]:
 
 def _aligned(x: Tensor) -> Tensor:
     """x, or a copy whose rows begin at multiples of 16 bytes; and without holes, where older versions want none."""
+    return x if _fits(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _fits(x: Tensor) -> bool:
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
     if not _aligns_itself and x.shape[-1] == 256:  # b11 to b18 read it on sm10x as if it were contiguous
-        fits = fits and x.is_contiguous()
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+        return fits and x.is_contiguous()
+    return fits
