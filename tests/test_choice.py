@@ -244,6 +244,19 @@ def test_environment_variable_with_several_names(
 
 
 @pytest.mark.usefixtures("no_kernel")
+def test_who_asked_for_a_backend_is_told(monkeypatch: pytest.MonkeyPatch, fresh_choice: Callable[[], None]) -> None:
+    fresh_choice()
+    monkeypatch.setenv("ANYATTN_BACKEND", "fa2")
+    with pytest.raises(NoBackend, match="fa2 alone is asked for by the environment variable ANYATTN_BACKEND"):
+        anyattn.attention(q, k, v)
+    with anyattn.use(("fa3", "fa2")), pytest.raises(NoBackend, match=r"fa3, fa2 alone is asked for by anyattn\.use"):
+        anyattn.attention(q, k, v)
+    with pytest.raises(NoBackend) as found:
+        anyattn.attention(q, k, v, backend="fa2")
+    assert "alone is asked for by" not in str(found.value)
+
+
+@pytest.mark.usefixtures("no_kernel")
 def test_environment_variable_with_an_unknown_name(
     monkeypatch: pytest.MonkeyPatch, fresh_choice: Callable[[], None]
 ) -> None:

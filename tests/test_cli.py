@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -197,6 +197,15 @@ class TestExplain:
         got = json.loads(out)
         assert got["chosen"] is None
         assert "backward" in [reason["what"] for reason in got["rejected"]["beta:quick"]]
+
+    def test_the_environment_says_what_may_be_chosen(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fresh_choice: Callable[[], None]
+    ) -> None:
+        """As for attention(), where no backend is named."""
+        fresh_choice()
+        monkeypatch.setenv("ANYATTN_BACKEND", "beta,gamma")
+        assert 'not asked for: alpha (backend="beta,gamma")' in _run(capsys, "explain", "--on", "sm90")[1]
+        assert "not asked for: beta" in _run(capsys, "explain", "--on", "sm90", "--backend", "alpha")[1]
 
     def test_forward_only(self, capsys: pytest.CaptureFixture[str]) -> None:
         args = ["explain", "--on", "sm90", "--window", "1023,0", "--json"]
@@ -451,7 +460,7 @@ gamma       sm90         float16, bfloat16           to 128                     
 
 kernel  rule or known defect
 ------------------------------------------------------------------------------------------------------------
-alpha   causal masking: needs lengths that are known, in backward, before 4.0 (https://example.org/issues/7)
+alpha   before 4.0, causal masking: needs lengths that are known, in backward (https://example.org/issues/7)
 
 Environment
 variable           value       what it says
@@ -627,7 +636,7 @@ def test_kernel_facts() -> None:
     assert (quick.devices, quick.backward, quick.head_dims) == ("CPU, sm90", "no", "to 64")
     assert (slow.backward, slow.head_dims) == ("yes", "any")
     assert alpha.notes == (
-        "causal masking: needs lengths that are known, in backward, before 4.0 (https://example.org/issues/7)",
+        "before 4.0, causal masking: needs lengths that are known, in backward (https://example.org/issues/7)",
     )
 
 

@@ -330,6 +330,12 @@ CALLS: dict[str, Mistake] = {
         ShapeError,
         "mask must broadcast to (batch, num_heads, seq_q, seq_k) = (2, 4, 5, 7), got (3, 5, 7)",
     ),
+    "mask of keys that are real": (
+        lambda: attention(q, k, k, mask=bools(2, 7)),
+        ShapeError,
+        "mask must broadcast to (batch, num_heads, seq_q, seq_k) = (2, 4, 5, 7), got (2, 7); if it says which keys are "
+        "real, pass mask[:, None, None, :], or packing=Packing.from_mask(mask)",
+    ),
     "mask of five dims": (
         lambda: attention(q, k, k, mask=bools(1, 1, 1, 5, 7)),
         ShapeError,

@@ -65,10 +65,9 @@ class NoBackend(AnyattnError, RuntimeError):
         explanation: what :func:`anyattn.explain` returns for the same call, with every reason.
     """
 
-    def __init__(self, explanation: Explanation) -> None:
-        super().__init__(
-            "no backend can run this call; each says why, and what would lift it:\n" + explanation.reasons_text()
-        )
+    def __init__(self, explanation: Explanation, wish: str = "") -> None:
+        text = "no backend can run this call; each says why, and what would lift it:\n" + explanation.reasons_text()
+        super().__init__(f"{text}\n  {wish}" if wish else text)
         self.explanation = explanation
 
 

@@ -221,6 +221,14 @@ def _preference(request: Request) -> _select.Preference:
     return _select.parse_preference(request.backend)
 
 
+def _wish(request: Request) -> str:
+    """Who asked for some backends alone, where the call itself did not."""
+    if request.backend != "auto" or "auto" in request.preference:
+        return ""
+    by = "anyattn.use()" if _select.preference_is_of_use() else "the environment variable ANYATTN_BACKEND"
+    return f"{', '.join(request.preference)} alone is asked for by {by}"
+
+
 def prepare(request: Request) -> Prepared:
     """Validate, choose, and settle everything that does not depend on data.
 
@@ -237,7 +245,7 @@ def prepare(request: Request) -> Prepared:
         explanation = _select.choose(problem, preference, _select.world(), refusals)
     kernel = explanation.forward
     if kernel is None:
-        raise NoBackend(explanation)
+        raise NoBackend(explanation, _wish(request))
     return _settle(request, sizes, problem, explanation, kernel)
 
 

@@ -94,6 +94,11 @@ def default_preference() -> Preference:
     return _preference.get() or environment_preference()
 
 
+def preference_is_of_use() -> bool:
+    """Whether ``use()`` says what ``backend="auto"`` means, and not the environment."""
+    return _preference.get() is not None
+
+
 def use(backend: str | Sequence[str]) -> AbstractContextManager[None]:
     """Prefer a backend, or several in order, for every call inside that does not name one itself.
 

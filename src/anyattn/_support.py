@@ -148,10 +148,10 @@ def _note(row: Row) -> str:
     words = f"{reason.what}: needs {reason.needs}"
     if row.direction == "backward" and "backward" not in words:
         words += ", in backward"
-    if row.since:
-        words += f", since {row.since}"
-    if row.fixed and row.fixed not in words:
-        words += f", before {row.fixed}"
+    when = [f"from {row.since} on"] if row.since else []
+    when += [f"before {row.fixed}"] if row.fixed and row.fixed not in words else []
+    if when:
+        words = f"{' and '.join(when)}, {words}"
     return f"{words} ({reason.link})" if reason.link else words
 
 

@@ -202,7 +202,12 @@ def _check_scores_shape(name: str, x: Meta, sizes: Sizes) -> None:
     full = (sizes.batch, sizes.num_heads, sizes.seq_q, sizes.seq_k)
     given = (1,) * (4 - len(x.shape)) + tuple(x.shape)
     if len(given) != 4 or any(a not in (1, b) for a, b in zip(given, full, strict=True)):
-        raise ShapeError(f"{name} must broadcast to (batch, num_heads, seq_q, seq_k) = {full}, got {tuple(x.shape)}")
+        hint = ""
+        if name == "mask" and tuple(x.shape) == (sizes.batch, sizes.seq_k):
+            hint = "; if it says which keys are real, pass mask[:, None, None, :], or packing=Packing.from_mask(mask)"
+        raise ShapeError(
+            f"{name} must broadcast to (batch, num_heads, seq_q, seq_k) = {full}, got {tuple(x.shape)}{hint}"
+        )
 
 
 def _check_block_mask(x: tuple[Any, ...], sizes: Sizes) -> None:

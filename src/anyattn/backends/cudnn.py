@@ -78,7 +78,7 @@ _LIBRARY = 'upgrade cuDNN: pip install -U "nvidia-cudnn-cu13"'
 _ROWS = (
     Row(
         _any,
-        Reason("version", "nvidia-cudnn-frontend >= 1.14", "an older version", INSTALL),
+        Reason("version", "nvidia-cudnn-frontend >= 1.14.0", "an older version", INSTALL),
         fixed="1.14.0",
     ),
     Row(

@@ -121,9 +121,13 @@ def _other_package(what: str) -> Reason:
 
 
 def _deterministic(limit: int) -> Reason:
+    if limit == 0:
+        needs, got = "a build with kernels for head dims below 256: in one without, all run as 256", "one without"
+    else:
+        needs, got = f"head_dim and head_dim_v of at most {limit}: larger ones run as 256", "more"
     return Reason(
-        "a deterministic backward", f"head_dim and head_dim_v of at most {limit}: larger ones run as 256", "more",
-        _ELSE, link=f"{_REPOSITORY}/blob/e2743ab5b3803bb672b16437ba98a3b1d4576c50/hopper/flash_api.cpp#L1370",
+        "a deterministic backward", needs, got, _ELSE,
+        link=f"{_REPOSITORY}/blob/e2743ab5b3803bb672b16437ba98a3b1d4576c50/hopper/flash_api.cpp#L1370",
     )  # fmt: skip
 
 

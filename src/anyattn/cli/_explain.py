@@ -379,7 +379,7 @@ def explain(
     if on is None:
         with contextlib.redirect_stdout(sys.stderr):
             anyattn.backends()  # finds out which installed packages fail to import
-    found = anyattn.explain(**arguments, backend=backend.split(","), on=on, assume=assumed)
+    found = anyattn.explain(**arguments, backend=backend, on=on, assume=assumed)
     said = _said(words, arguments)
     if as_json:
         _render.show_json(_data(found, said))
