@@ -160,6 +160,14 @@ def refused(seat: Seat, comm: str, wrong: str) -> None:
         hidden = torch.zeros(1, 1, 1, width, dtype=torch.bool)
         hidden[..., 16:] = True
         arguments = {"attn_mask_type": "padding", "attention_mask": hidden}
+    elif wrong in ("mask with holes", "masks of two"):
+        hidden = torch.zeros(2 if wrong == "masks of two" else 1, 1, 1, 16, dtype=torch.bool)
+        hidden[..., 5] = True
+        arguments = {"attn_mask_type": "padding", "attention_mask": hidden}
+    elif wrong == "padding and bias":
+        arguments = {"attn_mask_type": "padding", "core_attention_bias_type": "post_scale_bias"}
+        arguments["cu_seqlens_q"] = arguments["cu_seqlens_kv"] = te_cases.offsets((12,))
+        arguments["core_attention_bias"] = torch.zeros(1, 1, 8, 16)
     elif wrong == "long entry":
         arguments = {"attn_mask_type": "padding"}
         arguments["cu_seqlens_q"] = arguments["cu_seqlens_kv"] = te_cases.offsets((40,))

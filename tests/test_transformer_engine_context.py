@@ -115,8 +115,8 @@ def test_what_some_schemes_can(pool: context_pool.Pool, comm: str, ranks: int, f
         judge(case, found)
         return
     (message,) = set(context_pool.failures(outcomes, anyattn.ContextError))
-    assert f"comm='{comm}'" in message or "packing_kv under" in message
-    assert "use comm=" in message
+    assert f"under cp_comm_type='{comm}'" in message
+    assert "use cp_comm_type=" in message
 
 
 @pytest.mark.parametrize("comm", COMMS)
@@ -141,12 +141,15 @@ WRONG = [
     ("p2p", "whole", "tensors of 8 rows, and this rank's share of the 8 rows .* is 4 over 2 ranks"),
     ("all_gather", "tail", "tensors of 8 rows, and this rank's share of the 12 rows .* is 6 over 2 ranks"),
     ("a2a", "too few ranks", r"cp_global_ranks must list the 2 ranks of cp_group, \[0, 1\], or be None; got \[0\]"),
-    ("p2p", "entries", "2 sequences, and the batch has 1 entries"),
+    ("p2p", "entries", "cu_seqlens_q: 2 sequences, and query_layer has 1 batch entries"),
     ("p2p", "long entry", "has 40 tokens, and an entry 16 rows over all ranks"),
     ("p2p", "policies", "thd_attention_policies under context parallelism"),
     ("p2p", "own mask", r"attention_mask speaks of .* \(1, 8\), and the batch has \(1, 16\) over all ranks"),
     ("all_gather", "short mask", r"\(1, 12\), and the batch has \(1, 16\) over all ranks"),
     ("a2a", "long mask", r"\(1, 24\), and the batch has \(1, 16\) over all ranks"),
+    ("p2p", "mask with holes", "between the tokens of an entry, which goes with .* not with .* context parallelism"),
+    ("p2p", "masks of two", "attention_mask: 2 sequences, and query_layer has 1 batch entries"),
+    ("all_gather", "padding and bias", "core_attention_bias with padding, or with qkv_format='thd', under context"),
 ]
 
 
@@ -169,7 +172,7 @@ def test_a_mask_beside_offsets_says_where_padding_is(pool: context_pool.Pool, la
 def test_heads_that_ranks_do_not_divide(pool: context_pool.Pool) -> None:
     outcomes = pool.run(2, te_ranks.run, TeCase(**DENSE, heads=(3, 3)), "a2a")
     (message,) = set(context_pool.failures(outcomes, anyattn.InvalidArgument))
-    assert "3 query heads do not divide over the 2 ranks" in message
+    assert "3 query heads do not divide over the 2 ranks that share heads under cp_comm_type='a2a'" in message
 
 
 def test_one_rank_is_no_context_parallelism(pool: context_pool.Pool) -> None:

@@ -14,9 +14,11 @@ from anyattn.integrations._te_rows import Given, Rows
 @torch._dynamo.disable(  # type: ignore[untyped-decorator]
     reason="offsets are read on the host, which is not for the compiler: leave out fullgraph=True"
 )
-def rows_of(queries: Given, keys: Given, packed: bool, device: torch.device, layer: int | None) -> Rows:
-    """As ``_te_rows.rows_of``, outside of the region."""
-    return _te_rows.rows_of(queries, keys, packed, device, layer)
+def rows_within(
+    queries: Given, keys: Given, layout: str, sizes: tuple[int, int], device: torch.device, layer: int | None
+) -> Rows:
+    """As ``_te_rows.rows_within``, outside of the region."""
+    return _te_rows.rows_within(queries, keys, layout, sizes, device, layer)
 
 
 @torch._dynamo.disable(  # type: ignore[untyped-decorator]

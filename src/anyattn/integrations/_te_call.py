@@ -117,6 +117,9 @@ def masked(call: Call, kind: str, window: Any, aligned: bool | None, mask: Any, 
             )
     if masking.padding:
         check(*call.sides, call.layout == "thd", pad_between)
+        if call.layout != "thd":
+            world = 1 if call.ranks is None else call.ranks.world
+            _te_rows.check_entries(call.sides, call.layout, call.sizes, world)
         return replace(call, masking=masking)
     for side in call.sides:
         if side.offsets is not None or side.padded is not None:
@@ -159,8 +162,8 @@ def check_runs(*packings: Packing | None) -> None:
     if any(packing is not None and packing._holes is not None for packing in packings):
         raise PackingError(
             "attention_mask has padding between the tokens of an entry, which goes with self-attention alone: not with "
-            "cross-attention, core_attention_bias or return_max_logit. Say it by attn_mask_type='arbitrary' and a mask "
-            "of (batch, 1, seq_q, seq_kv), or move padding to an end"
+            "cross-attention, core_attention_bias, return_max_logit or context parallelism. Say it by "
+            "attn_mask_type='arbitrary' and a mask of (batch, 1, seq_q, seq_kv), or move padding to an end"
         )
 
 
@@ -199,10 +202,10 @@ def _rows(call: Call) -> Rows | None:
             "qkv_format='thd' with max_seqlen_q and max_seqlen_kv, or a mask type without padding"
         )
     if torch.compiler.is_compiling():
-        from anyattn.integrations._te_breaking import rows_of as read
+        from anyattn.integrations._te_breaking import rows_within as read
     else:
-        read = rows_of
-    found: Rows = read(*call.sides, call.layout == "thd", call.q.device, call.layer)
+        read = _te_rows.rows_within
+    found: Rows = read(*call.sides, call.layout, call.sizes[1:], call.q.device, call.layer)
     return found
 
 
@@ -280,6 +283,9 @@ def _shared(call: Call, ranks: Ranks) -> Settled:
     if call.strategy is not CPLoadBalancingStrategy.DUAL_CHUNK_SWAP and call.layout != "thd":
         raise InvalidArgument("load_balancing_strategy NO_LOAD_BALANCE goes with qkv_format='thd'")
     plan = _dense_plan(call, ranks) if call.sides is None else _packed_plan(call, ranks)
+    _te_context.check_scheme(
+        plan._data, call.q.shape[-2], call.slopes is not None, call.bias is not None, call.mask is not None
+    )
     lengths = plan._data.queries.lengths, plan._data.keys.lengths
     positioned = masking.window is not None or call.slopes is not None
     if masking.top_left and not masking.causal and positioned and lengths[0] != lengths[1]:
@@ -338,6 +344,7 @@ def _packed_plan(call: Call, ranks: Ranks) -> ContextPlan:
 
     def make() -> ContextPlan:
         rows = rows_of(queries, keys, packed, torch.device("cpu"), call.layer)
+        check_runs(rows.queries, rows.keys)
 
         def side(packing: Packing, mine: int) -> Side:
             if packed:

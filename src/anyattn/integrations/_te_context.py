@@ -297,6 +297,11 @@ def plan(
     shares = topology(ranks.comm, ranks.members)
     at_q = layout(queries.rooms, ranks.world, queries.rows, strategy)
     cross = keys is not None
+    if cross and ranks.comm in ("p2p", "a2a+p2p"):
+        raise ContextError(
+            f"keys of other lengths, or with other padding, than queries' under cp_comm_type={ranks.comm!r}: use "
+            "cp_comm_type='all_gather' or 'a2a'"
+        )
     at_k = at_q if keys is None else layout(keys.rooms, ranks.world, keys.rows, strategy)
     if len(at_q.lengths) != len(at_k.lengths):
         raise PackingError(f"queries have {len(at_q.lengths)} sequences, and keys {len(at_k.lengths)}")
@@ -310,6 +315,37 @@ def plan(
     )  # fmt: skip
     check_features(data, frozenset())
     return ContextPlan(data, ranks.members)
+
+
+def check_scheme(data: PlanData, heads: int, alibi: bool, bias: bool, mask: bool) -> None:
+    """Refuse what a scheme cannot do, before a plan is asked for it in other words.
+
+    Args:
+        data: of the plan.
+        heads: of the queries.
+        alibi: there are slopes.
+        bias: there is ``core_attention_bias``.
+        mask: there is an "arbitrary" mask.
+
+    Raises:
+        ContextError: with what to do instead.
+    """
+    comm = f"under cp_comm_type={data.comm!r}"
+    name = "core_attention_bias" if bias else "attn_mask_type='arbitrary'"
+    if (bias or mask) and data.comm != "all_gather":
+        raise ContextError(f"{name} {comm}, which has not all keys at once: use cp_comm_type='all_gather'")
+    if bias and not data.memory_q.entries:
+        raise ContextError(
+            "core_attention_bias with padding, or with qkv_format='thd', under context parallelism: use a 4-D layout "
+            "and a mask type without padding"
+        )
+    if alibi and data.comm != "a2a" and data.mask.right != 0:
+        raise ContextError(f"ALiBi without a causal mask type {comm}: use cp_comm_type='a2a'")
+    if heads % data.topology.heads:
+        raise ContextError(
+            f"{heads} query heads do not divide over the {data.topology.heads} ranks that share heads {comm}: use "
+            "cp_comm_type='p2p' or 'all_gather', or as many ranks as divide them"
+        )
 
 
 def _memory(side: Side, ranks: int, entries: bool) -> Memory:

@@ -113,10 +113,75 @@ def check(queries: Given, keys: Given, packed: bool, pad_between: bool | None) -
             raise DtypeError(f"attention_mask must be bool, True in padding; got {side.mask.dtype}")
     if pad_between and not packed:
         raise InvalidArgument("pad_between_seqs=True goes with qkv_format='thd': use cu_seqlens_q or attention_mask")
-    if pad_between and queries.padded is None and keys.padded is None:
+    if (queries.padded is None) != (keys.padded is None):
+        here, there = (queries, keys) if keys.padded is None else (keys, queries)
+        raise InvalidArgument(
+            f"cu_seqlens_{here.name}_padded without cu_seqlens_{there.name}_padded: they go together, whatever "
+            f"pad_between_seqs is. Give both; for a side without padding pass its own cu_seqlens: "
+            f"cu_seqlens_{there.name}_padded=cu_seqlens_{there.name}"
+        )
+    if pad_between and queries.padded is None:
         raise InvalidArgument(
             "pad_between_seqs=True needs cu_seqlens_q_padded and cu_seqlens_kv_padded, which say where each begins: "
             "give them, or leave pad_between_seqs out"
+        )
+
+
+def check_entries(sides: tuple[Given, Given], layout: str, sizes: tuple[int, int, int], ranks: int) -> None:
+    """Offsets and masks are of the batch that 4-D tensors have, as far as sizes say.
+
+    Args:
+        sides: queries and keys, of which :func:`check` has seen the types.
+        layout: bshd or sbhd.
+        sizes: (batch, rows of q, rows of k).
+        ranks: how many share the rows; over several, a mask's rows are compared with those of all when they are read.
+
+    Raises:
+        PackingError: they speak of another number of sequences, or of other rows.
+    """
+    for side, rows in zip(sides, sizes[1:], strict=True):
+        _check_side(side, layout, sizes[0], rows, ranks == 1)
+
+
+def _check_side(side: Given, layout: str, batch: int, rows: int, alone: bool) -> None:
+    tensor = _TENSORS[side.name]
+    counts = {
+        f"cu_seqlens_{side.name}": None if side.offsets is None else side.offsets.shape[0] - 1,
+        "attention_mask": None if side.mask is None else side.mask.shape[0],
+    }
+    for name, count in counts.items():
+        if count in (None, batch):
+            continue
+        other = "sbhd" if layout == "bshd" else "bshd"
+        remedy = (
+            f"it has {rows} as {other!r}: pass qkv_format={other!r}"
+            if count == rows
+            else "one sequence lies in each entry"
+        )
+        raise PackingError(
+            f"{name}: {count} sequences, and {tensor} has {batch} batch entries with qkv_format={layout!r}; {remedy}"
+        )
+    if side.mask is not None and alone and side.mask.shape[3] != rows:
+        raise PackingError(
+            f"attention_mask is {tuple(side.mask.shape)}, and {tensor} has {rows} rows with qkv_format={layout!r}: "
+            "pass a mask of (batch, 1, 1, rows), or with attention_type='cross' two, (queries', keys')"
+        )
+
+
+def _check_ends(side: str, packing: Packing, rows: int, layout: str) -> None:
+    """Sequences that end beyond the tensors' rows, or an entry's, are an error."""
+    tensor = _TENSORS[side]
+    if layout == "thd":
+        end = packing._facts.rows
+        if end is not None and end > rows:
+            raise PackingError(
+                f"the sequences of cu_seqlens_{side} (and cu_seqlens_{side}_padded) end at row {end}, and {tensor} has "
+                f"{rows} rows"
+            )
+    elif packing._longest > rows:
+        raise PackingError(
+            f"the longest sequence has {packing._longest} tokens by cu_seqlens_{side}, and an entry of {tensor} has "
+            f"{rows} rows with qkv_format={layout!r}"
         )
 
 
@@ -136,6 +201,10 @@ def _check_types(side: Given) -> None:
         raise DtypeError(f"attention_mask must be a bool tensor, or two in a tuple; got {type(side.mask).__name__}")
 
 
+#: Whose rows a side's offsets count.
+_TENSORS = {"q": "query_layer", "kv": "key_layer"}
+
+
 def captured(x: Tensor) -> bool:
     """In a CUDA graph, which reads offsets and masks again at each replay: nothing of this batch may be remembered."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -150,6 +219,20 @@ def rows_of(queries: Given, keys: Given, packed: bool, device: torch.device, lay
     found: Rows = remembered(
         "rows", queries, keys, (packed, device), lambda: _make(queries, keys, packed, device), layer
     )  # fmt: skip
+    return found
+
+
+def rows_within(
+    queries: Given, keys: Given, layout: str, sizes: tuple[int, int], device: torch.device, layer: int | None
+) -> Rows:
+    """As :func:`rows_of`, of tensors of so many rows (4-D: of each entry) for queries and keys.
+
+    Raises:
+        PackingError: also where a sequence ends beyond them.
+    """
+    found = rows_of(queries, keys, layout == "thd", device, layer)
+    _check_ends("q", found.queries, sizes[0], layout)
+    _check_ends("kv", found.queries if found.keys is None else found.keys, sizes[1], layout)
     return found
 
 
@@ -197,6 +280,8 @@ def _make(queries: Given, keys: Given, packed: bool, device: torch.device) -> Ro
     if _one(queries, keys):
         return Rows(found, None)
     other = _packing(keys, packed, device)
+    if not packed and queries.mask is not None and keys.mask is queries.mask:
+        return Rows(found, None)  # the offsets of both, where given, are the mask's
     alike = (found._facts.lengths, found._facts.starts) == (other._facts.lengths, other._facts.starts)
     holes = found._holes is not None or other._holes is not None
     return Rows(found, None if alike and not holes and found.rows == other.rows else other)
@@ -217,10 +302,11 @@ def _packing(side: Given, packed: bool, device: torch.device) -> Packing:
             f"pad_between_seqs=False says that there is no padding, and cu_seqlens_{side.name}_padded where it is: "
             "leave out one"
         )
-    if by_mask is not None and by_mask.host_lengths()[0] != made.host_lengths()[0]:
+    if by_mask is not None and by_mask._facts.lengths != made._facts.lengths:
+        told, hidden = (list(packing._facts.lengths or ()) for packing in (made, by_mask))
         raise PackingError(
-            f"cu_seqlens_{side.name} say lengths {list(made.host_lengths()[0])}, and attention_mask "
-            f"{list(by_mask.host_lengths()[0])}: give one of the two"
+            f"cu_seqlens_{side.name} and attention_mask disagree: the lengths are {told} by cu_seqlens_{side.name} and "
+            f"{hidden} by attention_mask, which is True in padding: give one of the two, or make them agree"
         )
     # Lengths do not say at which end of an entry the padding is, and a mask does.
     return moved(made if by_mask is None else by_mask, device)

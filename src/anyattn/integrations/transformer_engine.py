@@ -124,6 +124,7 @@ class DotProductAttention(torch.nn.Module):
         self.num_gqa_groups = num_attention_heads if num_gqa_groups is None else num_gqa_groups
         self._check_heads()
         self.num_gqa_groups_per_partition = self.num_gqa_groups // self.tp_size
+        self._heads_of_rank = num_attention_heads // self.tp_size
         both = (kv_channels, kv_channels) if isinstance(kv_channels, int) else tuple(kv_channels)
         self.hidden_size_per_attention_head_k, self.hidden_size_per_attention_head_v = both
         self.layer_number = 1 if layer_number is None else layer_number
@@ -159,7 +160,7 @@ class DotProductAttention(torch.nn.Module):
         device = torch.get_default_device()
         if device.type == "cpu" and torch.cuda.is_available():
             device = torch.device("cuda")
-        zeros = torch.zeros(self.num_attention_heads // self.tp_size, dtype=torch.float32, device=device)
+        zeros = torch.zeros(self._heads_of_rank, dtype=torch.float32, device=device)
         if kind == "learnable":
             self.softmax_offset = torch.nn.Parameter(zeros)
         else:
@@ -282,7 +283,8 @@ class DotProductAttention(torch.nn.Module):
             qkv_format: "sbhd", "bshd" or "thd".
             cu_seqlens_q: int32 (sequences + 1,): cumulative real lengths, of the whole batch, with padding mask types.
             cu_seqlens_kv: the same of keys; may be the same tensor.
-            cu_seqlens_q_padded: first rows of the sequences in memory, with "thd".
+            cu_seqlens_q_padded: first rows of the sequences in memory, with "thd"; of both sides or of none. A side
+                without padding takes its own cu_seqlens.
             cu_seqlens_kv_padded: the same of keys.
             max_seqlen_q: with "thd", at least the longest length.
             max_seqlen_kv: the same of keys.
@@ -375,13 +377,13 @@ class DotProductAttention(torch.nn.Module):
             if not isinstance(x, Tensor) or x.ndim != rank:
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise ShapeError(f"{name} must be a {rank}-D tensor with qkv_format={layout!r}, got {got}")
-        given = (k.shape[-2], v.shape[-2], q.shape[-1], k.shape[-1], v.shape[-1])
-        heads, dim = self.num_gqa_groups_per_partition, self.hidden_size_per_attention_head_k
-        wanted = (heads, heads, dim, dim, self.hidden_size_per_attention_head_v)
+        given = (q.shape[-2], k.shape[-2], v.shape[-2]), (q.shape[-1], k.shape[-1], v.shape[-1])
+        groups, dim = self.num_gqa_groups_per_partition, self.hidden_size_per_attention_head_k
+        wanted = (self._heads_of_rank, groups, groups), (dim, dim, self.hidden_size_per_attention_head_v)
         if given != wanted:
             raise ShapeError(
-                f"key heads {given[0]}, value heads {given[1]}, head dims of q, k and v {given[2:]}: the module was "
-                f"made for {wanted[0]}, {wanted[1]} and {wanted[2:]}, by num_gqa_groups={self.num_gqa_groups} "
+                f"heads of q, k and v {given[0]}, their head dims {given[1]}: the module was made for {wanted[0]} and "
+                f"{wanted[1]}, by num_attention_heads={self.num_attention_heads}, num_gqa_groups={self.num_gqa_groups} "
                 f"(default: num_attention_heads), tp_size={self.tp_size} and kv_channels"
             )
 
