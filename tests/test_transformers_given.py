@@ -34,6 +34,18 @@ def test_both_spellings_must_agree():
             ours(input_ids=ids, **of_both(LENGTHS, LENGTHS), **more)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_whole_mask_wins_over_positions_that_restart(use_cache):
+    ours, theirs = (build("llama", implementation) for implementation in ("anyattn", "eager"))
+    batch = {"input_ids": tokens(1, 18), "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
+    whole = torch.ones(1, 1, 18, 18, dtype=torch.bool).tril()
+    added = torch.zeros(whole.shape).masked_fill(~whole, torch.finfo(torch.float32).min)
+    want = theirs(**batch, attention_mask=added, use_cache=use_cache).logits
+    for mask in (whole, added):
+        torch.testing.assert_close(ours(**batch, attention_mask=mask, use_cache=use_cache).logits, want, **CLOSE)
+    assert not torch.allclose(ours(**batch, use_cache=use_cache).logits[:, 5:], want[:, 5:])
+
+
 def test_keys_are_divided_as_queries_in_self_attention():
     ours = build("llama", "anyattn")
     ids = tokens(1, sum(LENGTHS))

@@ -22,6 +22,7 @@ from anyattn.integrations._layout import (
     may_restart,
     traced_offsets,
 )
+from anyattn.integrations._transformers_cached import refuse_several
 from anyattn.integrations._transformers_decoding import SEEN, read_decoding, reads_now
 from anyattn.integrations._transformers_masks import CHUNKS, PLAIN_PATTERN, Facts, traced_pattern
 from anyattn.integrations._transformers_memory import Same, documents_at, once, watched
@@ -87,7 +88,9 @@ def attention_forward(
     Raises:
         Unsupported: ``output_attentions``, keys in pages, a keyword argument of the layer's own that is not known here,
             or a mask in a compiled region for a backend without.
-        PackingError: sources of packing that disagree, or that do not cover the tokens.
+        InvalidArgument: a keyword argument that is nearly one about packing.
+        PackingError: sources of packing that disagree, or that do not cover the tokens; or cached keys of several
+            documents, of which nothing says which are seen.
         ShapeError: a mask of another batch size.
     """
     refuse(module, options, HEEDED)
@@ -190,6 +193,8 @@ def _settle(said: Said) -> Settled:
         if explicit is not None:
             raise PackingError("a 4-D attention mask says all, and so does a packing (or cu_seq_lens): give one")
         return _from_whole_mask(said)
+    if explicit is None and said.facts is not None and said.facts.mixed:
+        refuse_several()
     if compiling:
         mask = traced_documents(said.shape, said.pattern, said.options.get("position_ids"))
         return _laid_out(said, PLAIN) if mask is None else Settled(mask=mask, keys=said.shape.keys)

@@ -8,6 +8,6 @@ from anyattn.integrations import _transformers_models as models
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def says(kind: type, name: str) -> bool:
-    """:func:`_transformers_models._says`, which reads source."""
-    return models._says(kind, name)
+def meaning(kind: type, name: str) -> str:
+    """:func:`_transformers_models._meaning`, which reads source."""
+    return models._meaning(kind, name)

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from anyattn._errors import PackingError, ShapeError
+from anyattn.integrations import _transformers_cached as cached
 from anyattn.integrations._layout import Layout, Pattern, Shape, documents_of, lay_out, may_restart, several
 from anyattn.integrations._transformers_decoding import note_decoding
+from anyattn.integrations._transformers_functions import Known, recognize
 from anyattn.integrations._transformers_memory import documents_at
 from anyattn.integrations._transformers_models import as_added, need_of_mask
 
@@ -58,6 +60,8 @@ class Facts:
     """int64 (B,) on the CPU: the key row of each sequence's first token, where the pattern has chunks."""
     looked: bool = False
     """Positions were looked at: without ``documents`` there is one per entry."""
+    mixed: bool = False
+    """Queries see cached keys of several documents, as far as the mask says."""
     version: int | None = None
     """Of the mask that these are facts of; None: it does not say when it is written to."""
 
@@ -167,7 +171,7 @@ def make_mask(
     if mask_function is None:
         mask_function = causal_mask_function
     tracing = _tracing(attention_mask)
-    positions = None if tracing else positions_given.get()
+    positions, cache = (None, None) if tracing else (positions_given.get(), cached.take())
     if positions is not None:
         positions_given.set(None)
     known = None if tracing or options.get("use_vmap") else recognize(mask_function)
@@ -187,9 +191,11 @@ def make_mask(
         if tracing:
             return note_traced(mask, _is_chunked(options))
         shape = Shape(batch_size, q_length, kv_length)
-        return note_decoding(_apart(mask, positions, shape, q_offset, kv_offset, attention_mask))
+        if known is not None and _mixed(cache, known.pattern, shape, q_offset, kv_offset, attention_mask):
+            cached.refuse_several()
+        return note_decoding(_apart(mask, positions, cache, shape, q_offset, kv_offset, attention_mask))
     shape = Shape(batch_size, q_length, placed)
-    return _with_facts(known, shape, kv_length, kv_offset, attention_mask, positions, torch.device(device))
+    return _with_facts(known, shape, kv_length, kv_offset, attention_mask, positions, cache, torch.device(device))
 
 
 def _with_facts(
@@ -199,6 +205,7 @@ def _with_facts(
     kv_offset: int,
     given: Tensor | None,
     positions: Tensor | None,
+    cache: Any,
     device: torch.device,
 ) -> Tensor:
     """A 2-D mask with facts; ``shape`` is of the keys that hold something, ``given`` the caller's mask."""
@@ -214,8 +221,21 @@ def _with_facts(
     if pattern.chunk is not None and left is not None:
         mask = _numbered(mask, pattern.chunk, left)
     looked = host is not None or (pattern.causal and may_restart(positions, shape))
-    version = version_of(mask)
-    return note(mask, Facts(shape, allocated, pattern, real, host, layout, device, origin, looked, version))
+    version, first = version_of(mask), seen - shape.queries
+    mixed = _mixed(cache, pattern, shape, first, kv_offset, given)
+    if not first and pattern.causal:
+        cached.note_documents(cache, host)
+    return note(mask, Facts(shape, allocated, pattern, real, host, layout, device, origin, looked, mixed, version))
+
+
+def _mixed(
+    cache: Any, pattern: Pattern, shape: Shape, first: int | Tensor, kv_offset: int, given: Tensor | None
+) -> bool:
+    """Whether a cache was filled with several documents, and new tokens see more than one of them."""
+    if cached.documents_in(cache) is None or not pattern.causal or pattern.chunk is not None:
+        return False
+    step = cached.Step(int(first), kv_offset, pattern.window)
+    return cached.sees_several(cache, shape.batch, step, _real_keys(given, kv_offset, step.first - kv_offset))
 
 
 def _documents(
@@ -246,7 +266,13 @@ def _numbered(mask: Tensor, chunk: int, left: Tensor) -> Tensor:
 
 
 def _apart(
-    mask: Tensor, positions: Tensor | None, shape: Shape, q_offset: int | Tensor, kv_offset: int, given: Tensor | None
+    mask: Tensor,
+    positions: Tensor | None,
+    cache: Any,
+    shape: Shape,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    given: Tensor | None,
 ) -> Tensor:
     """A complete mask under which documents, told by positions that restart, do not see each other."""
     if not may_restart(positions, shape):
@@ -254,6 +280,8 @@ def _apart(
     assert positions is not None
     first = int(q_offset)
     documents = documents_of(positions, shape.batch, _real_keys(given, first, shape.queries))
+    if not first:
+        cached.note_documents(cache, documents)
     if not several(documents):
         return mask
     if first or kv_offset or shape.keys < shape.queries:
@@ -323,81 +351,3 @@ def _without_padded_queries(
         return mask
     queries = attention_mask[:, q_offset : q_offset + mask.shape[-2]] != 0
     return mask & queries[:, None, :, None] if queries.shape[1] == mask.shape[-2] else mask
-
-
-# --- reading transformers' mask functions ---
-
-
-def _captured(function: Callable[..., Any]) -> dict[str, Any]:
-    """The variables that a closure holds."""
-    cells = function.__closure__ or ()
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
-
-
-def _made_by(function: Callable[..., Any], maker: Callable[..., Any] | None) -> bool:
-    """Whether a closure was returned by this function of transformers."""
-    return maker is not None and function.__code__ in maker.__code__.co_consts
-
-
-class Known(NamedTuple):
-    """What a mask function says."""
-
-    pattern: Pattern
-    documents: Tensor | None = None
-    """Integers (B, Q): the number of each row's document."""
-    left: Tensor | None = None
-    """(B,): rows of padding before each sequence, from where chunks are counted."""
-
-
-def recognize(function: Callable[..., Any]) -> Known | None:
-    """What a mask function says; None if it is not one that anyattn knows."""
-    from transformers import masking_utils as theirs
-
-    if function is theirs.causal_mask_function:
-        return Known(Pattern(causal=True))
-    if function is theirs.bidirectional_mask_function:
-        return Known(Pattern(causal=False))
-    if not hasattr(function, "__code__"):
-        return None
-    captured = _captured(function)
-    if _made_by(function, getattr(theirs, "remap_positions_for_packed_sequence", None)):
-        return recognize(captured["mask_function"])  # positions within documents: what a packing counts
-    if not _made_by(function, theirs.and_masks):
-        return None
-    return _both(captured["mask_functions"])
-
-
-def _both(parts: tuple[Callable[..., Any], ...]) -> Known | None:
-    """The intersection of mask functions; None where two of them say the same thing in two ways."""
-    from transformers import masking_utils as theirs
-
-    causal, window, chunk, documents, left = False, None, None, None, None
-    for part in parts:
-        if _made_by(part, theirs.sliding_window_overlay):  # as a causal window; alone it is none
-            window = _captured(part)["sliding_window"] - 1
-            if not any(other is theirs.causal_mask_function for other in parts):
-                return None
-        elif _made_by(part, theirs.chunked_overlay):
-            chunk, left = (_captured(part)[name] for name in ("chunk_size", "left_padding"))
-        elif _made_by(part, theirs.sliding_window_bidirectional_overlay):
-            window = _captured(part)["sliding_window"]
-        elif _made_by(part, theirs.packed_sequence_mask_function):
-            documents = _captured(part)["packed_sequence_mask"]
-        else:
-            inner = recognize(part)
-            if inner is None or _twice(inner.documents, documents) or _twice(inner.pattern.window, window):
-                return None
-            if _twice(inner.pattern.chunk, chunk):
-                return None
-            causal |= inner.pattern.causal
-            window = inner.pattern.window if window is None else window
-            if chunk is None:
-                chunk, left = inner.pattern.chunk, inner.left
-            documents = inner.documents if documents is None else documents
-    if chunk is not None and (not causal or window is not None):
-        return None
-    return Known(Pattern(causal, window, chunk), documents, left)
-
-
-def _twice(a: Any, b: Any) -> bool:
-    return a is not None and b is not None

@@ -8,6 +8,7 @@ the mask themselves, and a few pass a choice of keys, or sinks, by names of thei
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import inspect
 import sys
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anyattn._errors import ShapeError, Unsupported
+from anyattn._errors import InvalidArgument, ShapeError, Unsupported
 from anyattn.integrations._transformers_settled import NAMES
 
 # --- masks ---
@@ -111,13 +112,19 @@ SILENT = frozenset({
 })  # fmt: skip
 #: Keywords that a few models have, and that attention without a plan heeds.
 HEEDED = frozenset({"indices", "block_indices", "sinks"})
+#: Keywords of a model's call that say which tokens see each other; names like these that nobody reads meant them.
+_ABOUT_PACKING = (*NAMES, "plan")
+_BEGINNINGS = ("cu_seq", "max_length_", "max_seqlen", "packing")
+#: What ``anyattn.attention`` calls them, and what transformers does.
+_OTHER_NAMES = {"window": "sliding_window", "causal": "is_causal"}
+_LIKENESS = 0.85
 
 
 def refuse_unread(module: torch.nn.Module, options: Mapping[str, Any], heeded: frozenset[str]) -> None:
     """Refuse keywords that say something to a layer's attention, and that nobody reads here.
 
-    What the model was called with reaches attention too, whatever it is, and is nothing to it: only what the layer
-    itself passes, or its eager attention has a parameter for, is refused.
+    What the model was called with reaches attention too, whatever it is, and is nothing to it: what the layer itself
+    passes, or its eager attention has a parameter for, is refused, and so is a misspelt word about packing.
 
     Args:
         module: the layer.
@@ -125,11 +132,12 @@ def refuse_unread(module: torch.nn.Module, options: Mapping[str, Any], heeded: f
         heeded: names that are read.
 
     Raises:
-        Unsupported: such a keyword, unless it is None or False.
+        Unsupported: a keyword that the layer says, unless it is None or False.
+        InvalidArgument: a keyword that is nearly one about packing, unless it is None or False.
     """
-    says: Callable[[type, str], bool] = _says
+    meaning: Callable[[type, str], str] = _meaning
     if torch.compiler.is_compiling():
-        from anyattn.integrations._transformers_constant import says
+        from anyattn.integrations._transformers_constant import meaning
     for name, value in options.items():
         if value is None or value is False or name in SILENT or name in heeded:
             continue
@@ -138,11 +146,40 @@ def refuse_unread(module: torch.nn.Module, options: Mapping[str, Any], heeded: f
                 f"{name}= of {type(module).__name__}, by which it chooses keys or adds sinks, does not go with a plan: "
                 "leave out context_parallel"
             )
-        if says(type(module), name):
+        meant = meaning(type(module), name)
+        if meant == name:
             raise Unsupported(
                 f"{type(module).__name__} says {name}= to its attention, and anyattn does not know what it means: "
                 "model.set_attn_implementation('eager')"
             )
+        if meant:
+            raise InvalidArgument(
+                f"{name}= reached the attention of {type(module).__name__}, where nobody reads it; {meant}= was "
+                "probably meant: correct the name, or leave the argument out. Read as names about packing are "
+                f"{', '.join(_ABOUT_PACKING)}"
+            )
+
+
+@functools.lru_cache(maxsize=1024)
+def _meaning(kind: type, name: str) -> str:
+    """What a keyword that nobody reads was meant for.
+
+    Args:
+        kind: class of the layer that it reached.
+        name: of the keyword.
+
+    Returns:
+        The name itself, if the layer says it; the keyword about packing that it is nearly; else "", and it is nothing
+        to attention.
+    """
+    if _says(kind, name):
+        return name
+    if name in _OTHER_NAMES:
+        return _OTHER_NAMES[name]
+    if name == "max_length" or name.endswith("_position_ids"):  # generate()'s and tokenizers'; other parts' positions
+        return ""
+    cutoff = 0.0 if name.startswith(_BEGINNINGS) else _LIKENESS
+    return next(iter(difflib.get_close_matches(name, _ABOUT_PACKING, n=1, cutoff=cutoff)), "")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -45,11 +45,17 @@ def given_offsets(options: Mapping[str, Any], layer: int | None = None) -> Offse
         layer: that asks; tensors are compared once for all layers.
 
     Raises:
-        PackingError: both spellings of one thing, with different values; offsets beside a packing, or no tensors.
+        PackingError: both spellings of one thing, with different values; offsets beside a packing, or no tensors;
+            longest lengths without offsets or a packing.
     """
     queries, keys = (_one(options, f"cu_seq_lens_{x}", f"cu_seqlens_{x}", layer) for x in "qk")
     longest, longest_keys = (_one(options, f"max_length_{x}", f"max_seqlen_{x}", layer) for x in "qk")
     if queries is None and keys is None:
+        if (longest is not None or longest_keys is not None) and options.get("packing") is None:
+            raise PackingError(
+                "max_length_q or max_length_k (max_seqlen_q, max_seqlen_k) without cu_seq_lens_q: the longest length "
+                "does not say where documents begin; pass cu_seq_lens_q and cu_seq_lens_k beside it, or leave it out"
+            )
         return None
     if options.get("packing") is not None:
         raise PackingError("packing and cu_seq_lens are two ways to say one thing: give one of the two")

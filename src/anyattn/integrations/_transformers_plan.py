@@ -17,10 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from anyattn._api import attention
 from anyattn._context._plan import ContextPlan
-from anyattn._errors import ShapeError, Unsupported
+from anyattn._errors import ContextError, ShapeError, Unsupported
 from anyattn.integrations._layout import Pattern
 from anyattn.integrations._transformers_call import refuse
-from anyattn.integrations._transformers_masks import facts_of, make_mask, recognize
+from anyattn.integrations._transformers_functions import recognize
+from anyattn.integrations._transformers_masks import facts_of, make_mask
 
 
 @dataclass(eq=False)
@@ -110,7 +111,14 @@ def attend(
     ``plan`` is of the batch, with whatever mask; ``mask`` is what the model hands to attention, and says nothing that
     is not in the plan. query, key and value are (1, heads, R, dim), or (B, heads, R, dim) with a plan from a plain
     length. Returns (1 or B, R, num_heads, head_dim_v), and None. All else is as without a plan.
+
+    Raises:
+        ContextError: ``plan`` is something else.
     """
+    if not isinstance(plan, ContextPlan):
+        raise ContextError(
+            f"plan must be an anyattn.ContextPlan, as ContextParallel.plan() makes it, or None; got {plan!r:.80}"
+        )
     refuse(module, options)
     made = _kind_of(mask)
     if made is not None and made.chunk is not None:

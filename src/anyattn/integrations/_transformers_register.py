@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from anyattn._errors import InvalidArgument, MissingExtra
+from anyattn.integrations import _transformers_cached as cached
 from anyattn.integrations._transformers_masks import positions_given
 
 #: transformers looks for these in the name and then treats the function as one of its own.
@@ -134,7 +135,7 @@ def _registries() -> tuple[Any, Any]:
 
 
 def _watching(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Transformers hands positions to mask functions only where there is neither cache nor mask: note them."""
+    """Transformers hands positions to mask functions where there is neither cache nor mask, and no cache: note both."""
 
     @wraps(original)
     def _preprocess_mask_arguments(
@@ -143,8 +144,9 @@ def _watching(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:  # fmt: skip
         found = original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *more, **options)
         if not torch.compiler.is_compiling():
-            ours = ("AttentionMaskInterface", config._attn_implementation) in _before
-            positions_given.set(position_ids if ours and not found[0] else None)
+            ours = ("AttentionMaskInterface", config._attn_implementation) in _before and not found[0]
+            positions_given.set(position_ids if ours else None)
+            cached.give(past_key_values if ours else None)
         return found
 
     return _preprocess_mask_arguments
