@@ -129,7 +129,8 @@ def test_rows_of_a_padded_batch():
     assert not cached.sees_several(holder, 2, at, real)
     real[0] = False
     assert not cached.sees_several(holder, 2, at, real)
-    assert not cached.sees_several(holder, 3, at, None)  # another batch's
+    assert cached.sees_several(holder, 3, at, None)  # rows were chosen or repeated
+    assert not cached.sees_several(holder, 3, at, torch.ones(3, 15, dtype=torch.bool))
     assert not cached.sees_several(holder, 2, cached.Step(17, 0, 6), None)
     assert cached.sees_several(holder, 2, cached.Step(17, 0, 9), None)
     assert not cached.sees_several(holder, 2, cached.Step(17, 12, None), None)
@@ -146,3 +147,37 @@ def test_nothing_keeps_a_cache_alive():
     assert cached.take() is None
     cached.give(())  # no weak references
     assert cached.take() is None
+
+
+@pytest.mark.parametrize("refilled", ["by a mask of its own", "by another implementation"])
+def test_a_note_does_not_outlive_what_the_cache_held(refilled):
+    """A static cache that is reset and filled with one document is one like any other."""
+    model = build("llama", "anyattn")
+    _, cache = filled(model, cache=static(model))
+    assert cached.documents_in(cache) is not None
+    cache.reset()
+    with torch.no_grad():
+        if refilled == "by a mask of its own":
+            seen = torch.ones(9, 32, dtype=torch.bool).tril()[None, None]
+            model(input_ids=tokens(1, 9), attention_mask=seen, past_key_values=cache, use_cache=True)
+        else:
+            model.set_attn_implementation("sdpa")
+            model(input_ids=tokens(1, 9), past_key_values=cache, use_cache=True)
+            model.set_attn_implementation("anyattn")
+    assert cached.documents_in(cache) is None
+    found = step(model, cache, position=9)
+    with torch.no_grad():
+        whole = model(input_ids=torch.cat([tokens(1, 9), torch.tensor([[7]])], 1), use_cache=False).logits[:, -1]
+    torch.testing.assert_close(found, whole, **CLOSE)
+
+
+def test_a_cache_that_is_cut_to_one_document_goes_on():
+    model = build("llama", "anyattn")
+    _, cache = filled(model)
+    cache.crop(-LENGTHS[1])
+    seen = torch.ones(3, 12, dtype=torch.bool).tril(9)[None, None]
+    with torch.no_grad():
+        model(
+            input_ids=tokens(1, 3), attention_mask=seen, past_key_values=cache, position_ids=torch.tensor([[9, 10, 11]])
+        )
+    step(model, cache, position=12)

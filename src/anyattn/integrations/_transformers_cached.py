@@ -70,6 +70,16 @@ def note_documents(cache: Any, documents: Tensor | None) -> None:
         setattr(cache, _ATTRIBUTE, None)
 
 
+def trim(cache: Any) -> None:
+    """Forget of a cache that is noted what it no longer holds. That asks the cache for its length: no other one."""
+    documents = documents_in(cache)
+    if documents is None:
+        return
+    length = int(cache.get_seq_length())
+    if length < documents.shape[1]:  # it was reset, or cut
+        note_documents(cache, documents[:, :length] if length else None)
+
+
 def sees_several(cache: Any, batch: int, step: Step, real: Tensor | None) -> bool:
     """Whether new tokens, told apart by nothing, see cached keys of several documents.
 
@@ -85,8 +95,10 @@ def sees_several(cache: Any, batch: int, step: Step, real: Tensor | None) -> boo
     if step.first < documents.shape[1]:  # it was cut
         documents = documents[:, : step.first]
         note_documents(cache, documents)
-    if not step.first or documents.shape[0] not in (1, batch):
+    if not step.first:
         return False
+    if documents.shape[0] not in (1, batch):  # rows were chosen or repeated: which are whose is not known
+        return real is None and several(documents)
     # What came after the first tokens goes on with the last document.
     after = documents[:, -1:].expand(-1, step.first - documents.shape[1])
     start = step.kv_offset if step.window is None else max(step.kv_offset, step.first - step.window)
@@ -106,5 +118,6 @@ def refuse_several() -> None:
     raise PackingError(
         "the cache holds keys of several documents (position_ids restarted when it was filled), and position_ids of "
         "new tokens do not say which of them those see: pass a mask of the keys that they continue, 2-D with false for "
-        "those of the other documents, or 4-D; all true in 4-D lets them see every document"
+        "those of the other documents, or 4-D, which hides later ones of the new tokens too. A 4-D mask that hides "
+        "nothing else lets them see every document"
     )

@@ -117,7 +117,7 @@ _ABOUT_PACKING = (*NAMES, "plan")
 _BEGINNINGS = ("cu_seq", "max_length_", "max_seqlen", "packing")
 #: What ``anyattn.attention`` calls them, and what transformers does.
 _OTHER_NAMES = {"window": "sliding_window", "causal": "is_causal"}
-_LIKENESS = 0.85
+_LIKENESS = 0.88
 
 
 def refuse_unread(module: torch.nn.Module, options: Mapping[str, Any], heeded: frozenset[str]) -> None:
@@ -178,7 +178,7 @@ def _meaning(kind: type, name: str) -> str:
         return _OTHER_NAMES[name]
     if name == "max_length" or name.endswith("_position_ids"):  # generate()'s and tokenizers'; other parts' positions
         return ""
-    cutoff = 0.0 if name.startswith(_BEGINNINGS) else _LIKENESS
+    cutoff = 0.6 if name.startswith(_BEGINNINGS) else _LIKENESS
     return next(iter(difflib.get_close_matches(name, _ABOUT_PACKING, n=1, cutoff=cutoff)), "")
 
 

@@ -147,6 +147,7 @@ def _watching(original: Callable[..., Any]) -> Callable[..., Any]:
             ours = ("AttentionMaskInterface", config._attn_implementation) in _before and not found[0]
             positions_given.set(position_ids if ours else None)
             cached.give(past_key_values if ours else None)
+            cached.trim(past_key_values)  # whoever computes this forward, or whatever its mask says
         return found
 
     return _preprocess_mask_arguments
