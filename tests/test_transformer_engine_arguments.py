@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import anyattn
+from anyattn.integrations import _te_options
 from anyattn.integrations.transformer_engine import DotProductAttention
 from te_cases import TeCase, offsets
 from test_transformer_engine import judge, run
@@ -236,3 +238,14 @@ def test_masks_are_not_read_without_padding(kind: str) -> None:
     thd = {"qkv_format": "thd", "attn_mask_type": "padding"}
     expected = module(*packed, **thd, **given)
     assert torch.equal(module(*packed, attention_mask=UNMASKED.logical_not(), **thd, **given), expected)
+
+
+def test_every_argument_reaches_what_looks_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused by name, and what runs outside of a compiled region, get all that forward was given."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(_te_options, "refuse", seen.update)
+    module, (q, *_) = plain(attn_mask_type="no_mask")
+    module(q, q, q)
+    assert list(seen) == list(inspect.signature(DotProductAttention.forward).parameters)
+    assert seen["self"] is module
+    assert seen["value_layer"] is q

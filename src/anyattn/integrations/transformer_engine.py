@@ -323,7 +323,23 @@ class DotProductAttention(torch.nn.Module):
             Unsupported: what nothing here can do, by the argument's name.
             NoBackend: no kernel takes the call; it lists every reason.
         """
-        given = dict(locals())
+        given: dict[str, Any] = {  # not locals(): torch 2.11's compiler does not take that
+            "self": self, "query_layer": query_layer, "key_layer": key_layer, "value_layer": value_layer,
+            "attention_mask": attention_mask, "qkv_format": qkv_format, "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_kv": cu_seqlens_kv, "cu_seqlens_q_padded": cu_seqlens_q_padded,
+            "cu_seqlens_kv_padded": cu_seqlens_kv_padded, "max_seqlen_q": max_seqlen_q,
+            "max_seqlen_kv": max_seqlen_kv, "attn_mask_type": attn_mask_type, "window_size": window_size,
+            "bottom_right_diagonal": bottom_right_diagonal, "softcap": softcap,
+            "checkpoint_core_attention": checkpoint_core_attention,
+            "core_attention_bias_type": core_attention_bias_type, "core_attention_bias": core_attention_bias,
+            "alibi_slopes": alibi_slopes, "fast_zero_fill": fast_zero_fill, "inference_params": inference_params,
+            "pad_between_seqs": pad_between_seqs, "fp8_output": fp8_output, "bf16_backward": bf16_backward,
+            "num_splits": num_splits, "score_mod": score_mod, "score_mod_bprop": score_mod_bprop,
+            "score_mod_tensors": score_mod_tensors, "score_mod_bprop_tensors": score_mod_bprop_tensors,
+            "qkv_layer": qkv_layer, "kv_layer": kv_layer, "qkv_interleave_dim": qkv_interleave_dim,
+            "thd_attention_policies": thd_attention_policies,
+            "thd_attention_policy_dispatch": thd_attention_policy_dispatch,
+        }  # fmt: skip
         options.refuse(given)
         if self.cp_group is not None and torch.compiler.is_compiling():
             from anyattn.integrations._te_breaking import eagerly
