@@ -266,6 +266,15 @@ def test_environment_variable_with_an_unknown_name(
         anyattn.attention(q, k, v)
 
 
+def test_a_version_that_is_none_is_a_reason(monkeypatch: pytest.MonkeyPatch, fresh_choice: Callable[[], None]) -> None:
+    """Whatever stands in a package's metadata."""
+    fresh_choice()
+    monkeypatch.setattr(BACKENDS.get("fa4"), "probe", lambda: Probe("not-a-version"))
+    anyattn.attention(q, k, v)
+    assert "its version, 'not-a-version', cannot be compared" in anyattn.backends()["fa4"].reason
+    assert "cannot be compared" in str(anyattn.explain(q, k, v, backend="fa4"))
+
+
 # --- pure, cached, one object --------------------------------------------------------------------------------------
 
 

@@ -243,14 +243,21 @@ def attention_in_splits(
     return _attention(key, prepared, t, *options)
 
 
-def _with_plan(t: Tensors, plan: Any, *options: Any) -> Any:
+def _with_plan(
+    t: Tensors, plan: Any, causal: Any, window: Any, scale: Any, softcap: Any, dropout: Any, layout: Any, backend: Any,
+    deterministic: Any, return_lse: bool, num_splits: int = 1,
+) -> Any:  # fmt: skip
     """Over the ranks of a plan."""
     from anyattn._context import _door
     from anyattn._context._checks import Asked
 
     run = _door.breaking if torch.compiler.is_compiling() else _door.attention
-    asked = Asked(*options)
-    return run(t, asked._replace(window=as_tuple(asked.window), backend=as_tuple(asked.backend)), plan)
+    # Made in one piece: torch 2.11 does not carry what _replace() makes over a graph break.
+    asked = Asked(
+        causal, as_tuple(window), scale, softcap, dropout, layout, as_tuple(backend), deterministic, return_lse,
+        num_splits,
+    )  # fmt: skip
+    return run(t, asked, plan)
 
 
 def _look_up(key: Any) -> Prepared | None:

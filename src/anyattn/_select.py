@@ -157,7 +157,20 @@ def world() -> World:
 
 
 def _probe(name: str) -> Probe:
-    return amended(name, get_backend(name).probe())
+    probe = get_backend(name).probe()
+    if probe.version is not None and not probe.problem and not _is_version(probe.version):
+        probe = replace(
+            probe, problem=f"its version, {probe.version!r}, cannot be compared: {get_backend(name).INSTALL}"
+        )
+    return amended(name, probe)
+
+
+def _is_version(text: str) -> bool:
+    try:
+        Version(text)
+    except InvalidVersion:
+        return False
+    return True
 
 
 def amended(name: str, probe: Probe) -> Probe:
