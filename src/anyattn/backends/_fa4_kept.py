@@ -1,10 +1,10 @@
 """Calling a compiled kernel of FlashAttention 4 again without the Python around it.
 
 The raw forward function looks at every argument, anew at each call, to find the kernel that it compiled for them: tens
-of microseconds of host time, several times what the kernel's launch takes. What it finds depends on shapes, strides, dtypes
-and numbers alone, and so do the arguments that it gives the kernel, but for the tensors. So the first call of a kind
-goes through it while what it calls is noted; later calls of the kind give the same kernel the same numbers and their
-own tensors.
+of microseconds of host time, several times what the kernel's launch takes. What it finds depends on shapes, strides,
+dtypes and numbers alone, and so do the arguments that it gives the kernel, but for the tensors. So the first call of a
+kind goes through it while what it calls is noted; later calls of the kind give the same kernel the same numbers and
+their own tensors.
 
 Nothing is kept of a call that was not exactly one kernel over our own tensors: that made copies of them, or tables, or
 parts to be merged. Nor with a release whose function was not read to do nothing after that kernel.

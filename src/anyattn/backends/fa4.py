@@ -350,11 +350,11 @@ def kernel_cache() -> str | None:
 
 def forward(call: Call) -> Result:
     """See ``Backend.forward``."""
-    spec, place = call.spec, None
+    place = None
     if call.out is not None and _takes_places and _fits(call.out):
         place = call.out
     out, lse = (_kept_forward(call, place) if _keeps else None) or _raw(_forward_arguments(call, place))
-    return Result(out, lse if spec.need_lse else None)
+    return Result(out, lse if call.spec.need_lse else None)
 
 
 #: Neither a tensor without memory nor one that does more than a tensor.
