@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import anyattn
 import context_ranks
-from anyattn._context import _door, _estimate
+from anyattn._context import _backward, _door, _estimate
 from anyattn._context._exchange import exchange
 from context_cases import ContextCase, build
 from context_pool import Seat
@@ -269,3 +269,21 @@ def in_groups(seat: Seat, case: ContextCase) -> tuple[context_ranks.Found, int]:
     _groups = _door._groups
     with mock.patch.multiple(_door, LEAST=0.0, _groups=groups):
         return context_ranks.run(seat, case), max(counts)
+
+
+def held(seat: Seat, case: ContextCase) -> tuple[context_ranks.Found, int, int]:
+    """A case in groups of heads: how often gradients came back, and how many of them waited at most."""
+    waiting: list[int] = []
+
+    def take(work: Any, unit: Any, wire: Any) -> None:
+        _take(work, unit, wire)
+        waiting.append(len(work.home))
+
+    _take = _backward._Gathered.take
+    with (
+        mock.patch.multiple(_door, LEAST=0.0),
+        mock.patch.multiple(_estimate, KEPT=-1.0),
+        mock.patch.object(_backward._Gathered, "take", take),
+    ):
+        found = context_ranks.run(seat, case)
+    return found, len(waiting), max(waiting, default=0)

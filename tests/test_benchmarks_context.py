@@ -166,7 +166,7 @@ def test_the_script_runs(tmp_path: Path) -> None:
                f"{FOLDER}/context.py", "--device", "cpu", "--tiny", "--backends", "fa3,reference"]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*command, "--cases", cases, "--out", str(tmp_path)], env=env, capture_output=True, text=True, timeout=240
+        [*command, "--cases", cases, "--out", str(tmp_path)], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.iterdir()
@@ -187,3 +187,24 @@ def test_the_script_runs(tmp_path: Path) -> None:
     assert row["detail"]["rows"] >= 64
     assert row["ours"] > 0
     assert row["theirs"] > 0
+
+
+def test_a_larger_group_is_replayed_by_two(tmp_path: Path) -> None:
+    cases = "packed:all_gather,packed:p2p,32k:a2a,memory:all_gather"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               f"{FOLDER}/context_replay.py", "--device", "cpu", "--tiny", "--backends", "reference"]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, "--cases", cases, "--out", str(tmp_path)], env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    assert content["left_out"] == []
+    assert content["machine"]["replayed"] == 4
+    rows = {row["name"]: row for row in content["rows"]}
+    for problem in ("packed 64k, all_gather", "packed 64k, p2p", "32k, a2a"):
+        row = rows[f"forward and backward, {problem}, 4 ranks replayed, reference"]
+        assert len(row["detail"]["ms_by_rank"]) == 4, "some rank was not played"
+        assert min(row["ours"], row["theirs"]) > 0
+    assert "extra memory, 128k, all_gather, 4 ranks replayed, reference" in rows

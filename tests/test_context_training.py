@@ -373,6 +373,18 @@ def test_heads_travel_in_groups(pool: context_pool.Pool, scheme: str, feature: s
     judge(case, [f for f, _ in found])
 
 
+@pytest.mark.parametrize("placement", ["zigzag", "contiguous", "auto"])
+def test_what_comes_back_is_put_together_at_once(pool: context_pool.Pool, placement: str) -> None:
+    """Memory: gradients of a group of heads do not wait for all others, but for those that their own rows still owe."""
+    case = ContextCase(
+        comm="all_gather", placement=placement, heads="16/8", lengths=(70, 0, 41, 12), ranks=4, asks="grad"
+    )
+    found = values(pool.run(case.group, calls.held, case))
+    assert all(times == 4 for _, times, _ in found)
+    assert all(most <= 1 for _, _, most in found)
+    judge(case, [f for f, _, _ in found])
+
+
 # --- keys that are kept --------------------------------------------------------------------------------------------
 
 KEPT = {name: GROUPED[name] for name in ("causal", "window", "batch", "few", "bias")}

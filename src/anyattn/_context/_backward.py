@@ -156,16 +156,20 @@ class _Work:
 
 
 class _Gathered(_Work):
-    """No query row is in two calls, and there is at most one remote stage: everything is put together at the end.
+    """No query row is in two calls, and there is at most one remote stage: little is added up.
 
     Where the calls' rows do not interleave, gradients go where they belong, by the kernel itself if it can: dq of all
-    calls; dk and dv of local ones, to which what comes back is added.
+    calls; dk and dv of local ones, to which what comes back is added. Elsewhere they are put together. Both are done
+    for a group of heads as soon as all of it is there: what is held is on its way, or the next to leave.
     """
 
     def __init__(self, job: Job, x: Given) -> None:
         super().__init__(job, x)
         whole = Heads(slice(0, x.q.shape[1]), slice(0, x.k.shape[1]))
-        self.groups = finest(job, x.q, x.k) if job.tables.remote else [whole]
+        self.open = finest(job, x.q, x.k) if job.tables.remote else [whole]
+        """Groups of heads whose gradients are not put together."""
+        self.ran = [] if any(stage.calls for stage in job.tables.local) else [whole]
+        """Heads whose local units are done."""
         self.own: list[tuple[Unit, list[_Part]]] = []
         self.dqs: list[tuple[Unit, list[Tensor]]] = []
         self.home: list[tuple[Unit, Wire]] = []
@@ -194,52 +198,67 @@ class _Gathered(_Work):
         self.owe(unit, self._parts(unit, k, v), k.shape[1])
 
     def take(self, unit: Unit, wire: Wire) -> None:
-        """Keep what came back."""
+        """What came back."""
         self.home.append((unit, wire))
+        self._close()
 
     def local(self, unit: Unit, k: Tensor, v: Tensor) -> None:
         """A unit over this rank's own keys."""
         parts = self._parts(unit, k, v)
         if not self.tables.apart_k:
             self.own.append((unit, parts))
+        self.ran.append(unit.heads)
+        self._close()
 
     def result(self) -> Gradients:
-        """Put together."""
+        """All of them; dq is zero in rows of no call."""
         self.arrived()
-        tables = self.tables
-        if not tables.apart:
-            for heads in self.groups:
-                dqs = [x[:, inner.q] for inner, parts in _of(heads, self.dqs) for x in parts]
-                _fill(self.dq[:, heads.q], dqs, tables.out)
-        elif tables.blank.shape[0]:
-            self.dq.index_fill_(0, tables.blank.long(), 0)
-        if tables.apart_k:
-            self._join()
-        else:
-            self._put_together()
+        assert not self.open, f"gradients of {self.open} are missing"
+        if self.tables.apart and self.tables.blank.shape[0]:
+            self.dq.index_fill_(0, self.tables.blank.long(), 0)
         return self.gradients()
 
-    def _join(self) -> None:
+    def _close(self) -> None:
+        """Put together the groups of heads of which all is there, and let go of what they were made of."""
+        for heads in list(filter(self._is_there, self.open)):
+            if not self.tables.apart:
+                dqs = [x[:, inner.q] for inner, parts in _of(heads, self.dqs) for x in parts]
+                _fill(self.dq[:, heads.q], dqs, self.tables.out)
+            home = [(inner, wire) for inner, wire in _of(heads, self.home)]
+            if self.tables.apart_k:
+                self._join(heads, home)
+            else:
+                self._put_together(heads, home)
+            self.open.remove(heads)
+        self.own, self.dqs, self.home = (self._wanted(x) for x in (self.own, self.dqs, self.home))
+
+    def _is_there(self, heads: Heads) -> bool:
+        """Everything of a group of heads: of the local stage, and of what comes back if anything does."""
+        back = not self.tables.remote or _of(heads, self.home)
+        return bool(back) and any(within(heads, done) for done in self.ran)
+
+    def _wanted(self, found: list[tuple[Unit, T]]) -> list[tuple[Unit, T]]:
+        """What some group of heads still needs."""
+        return [(unit, x) for unit, x in found if any(within(heads, unit.heads) for heads in self.open)]
+
+    def _join(self, heads: Heads, home: list[tuple[Heads, Wire]]) -> None:
         """Add what came back to what local calls wrote; rows of neither are zero."""
         rows = slice(*self.tables.hull)
         if rows.start == rows.stop:
             return
-        everywhere: tuple[slice, list[Tensor], list[Tensor]] = slice(None), [], []
-        for heads, keys, values in [(u.heads.k, [wire.k], [wire.v]) for u, wire in self.home] or [everywhere]:
-            for whole, came in ((self.dk, keys), (self.dv, values)):
-                into = whole[rows, heads]
-                _rows.sum_rows(into, [into, *came], self.tables.join)
+        keys, values = [wire.k[:, i.k] for i, wire in home], [wire.v[:, i.k] for i, wire in home]
+        for whole, came in ((self.dk, keys), (self.dv, values)):
+            into = whole[rows, heads.k]
+            _rows.sum_rows(into, [into, *came], self.tables.join)
 
-    def _put_together(self) -> None:
-        """Gradients of keys and values, by groups of heads; tables count calls in forward's order."""
-        for heads in self.groups:
-            own = [(inner, p) for inner, parts in _of(heads, self.own) for p in parts]
-            home = [(inner, wire) for inner, wire in _of(heads, self.home)]
-            table = self.tables.own_and_home if home else self.tables.own
-            keys = [*(wire.k[:, i.k] for i, wire in home), *(p.dk[:, i.k] for i, p in own)]
-            values = [*(wire.v[:, i.k] for i, wire in home), *(p.dv[:, i.k] for i, p in own)]
-            _fill(self.dk[:, heads.k], keys, table)
-            _fill(self.dv[:, heads.k], values, table)
+    def _put_together(self, heads: Heads, home: list[tuple[Heads, Wire]]) -> None:
+        """Gradients of keys and values of a group of heads; tables count calls in forward's order."""
+        own = [(inner, p) for inner, parts in _of(heads, self.own) for p in parts]
+        table = self.tables.own_and_home if home else self.tables.own
+        keys = [*(wire.k[:, i.k] for i, wire in home), *(p.dk[:, i.k] for i, p in own)]
+        values = [*(wire.v[:, i.k] for i, wire in home), *(p.dv[:, i.k] for i, p in own)]
+        _fill(self.dk[:, heads.k], keys, table)
+        _fill(self.dv[:, heads.k], values, table)
 
 
 def _of(heads: Heads, found: list[tuple[Unit, T]]) -> list[tuple[Heads, T]]:

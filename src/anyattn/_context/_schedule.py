@@ -96,9 +96,10 @@ def units_of(job: Job, q: Tensor, k: Tensor, *, backward: bool = False) -> list[
     """All units in the order in which they run; each direction's numbers of kernel calls are forward's.
 
     Where results are merged, a group of heads runs through all stages before the next one: accumulators in float32 are
-    then needed for one group only. Elsewhere the local stage takes all heads at once, or in two parts: in backward,
-    keys arrive during the one, and the last group's gradients travel during the other. Where few keys are fetched, they
-    are kept, and all of it has gradients to hide.
+    then needed for one group only. Elsewhere the local stage takes all heads at once, or in parts: in backward, keys
+    arrive during the first, and the last group's gradients travel during the last. What is between runs early, so that
+    a group's gradients are put together as they come. Where few keys are fetched, they are kept, and all of it has
+    gradients to hide.
     """
     groups = list(enumerate(head_groups(job, q, k)))
     local, remote = job.tables.local, job.tables.remote
@@ -116,17 +117,18 @@ def units_of(job: Job, q: Tensor, k: Tensor, *, backward: bool = False) -> list[
     if job.tables.exclusive:
         own, theirs = [u for u in units if u.local], [u for u in units if not u.local]
         early = 0 if job.few else len(own) - 1
-        return own[:early] + theirs + own[early:]
+        return own[: min(1, early)] + theirs[:1] + own[1:early] + theirs[1:] + own[early:]
     return [u for i, _ in groups for local in (False, True) for u in units if u.group == i and u.local == local]
 
 
 def _local_heads(job: Job, q: Tensor, k: Tensor) -> list[Heads]:
-    """The parts of the local stage: as many heads as travel first, or half of them, and all others; or all at once."""
+    """The parts of the local stage: the heads that travel first, those between, and the last ones; or all at once."""
     parts = finest(job, q, k)
     if job.few or not job.tables.remote or len(parts) == 1:
         return [Heads(slice(0, q.shape[1]), slice(0, k.shape[1]))]
-    (_, *others), last = parts, parts[-1]
-    return [parts[0], Heads(slice(others[0].q.start, last.q.stop), slice(others[0].k.start, last.k.stop))]
+    first, last = parts[0], parts[-1]
+    between = Heads(slice(first.q.stop, last.q.start), slice(first.k.stop, last.k.start))
+    return [first, between, last] if len(parts) > 2 else [first, last]
 
 
 def finest(job: Job, q: Tensor, k: Tensor) -> list[Heads]:
