@@ -52,6 +52,7 @@ def test_lengths_come_from_a_file(tmp_path: Path) -> None:
 
 
 def test_it_draws_who_owns_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     picture = tmp_path / "plan.svg"
     assert main(["plan", "--lengths", "4x1k", "--ranks", "2", "--comm", "all_gather", "--picture", str(picture)]) == 0
     drawn = capsys.readouterr().out.splitlines()
