@@ -226,7 +226,7 @@ _PEER = re.compile(r"forward and backward, (?P<case>.+?), (?P<peer>ring-flash-at
 
 def context() -> str:
     """Speed of every scheme against one GPU, and of others' context parallelism in the same runs, by number of GPUs."""
-    files = [(path, content) for path, content in _results("context") if "rows" in content]
+    files = [(path, content) for path, content in _results("context") if "rows" in content and not _is_replay(content)]
     ranks = sorted({content["machine"]["ranks"] for _, content in files}, reverse=True)
     return "\n\n".join(_on_ranks([x for x in files if x[1]["machine"]["ranks"] == n]) for n in ranks)
 
@@ -239,19 +239,47 @@ def _on_ranks(files: list[tuple[Path, dict[str, Any]]]) -> str:
         for row in content["rows"]:
             if found := _CONTEXT.match(row["name"]):
                 way = f"`{found['scheme']}`, {found['kernel']}"
-                cells.setdefault((found["case"], way), f"{row['ours']:.0f} ({ratio(row)})")
+                cells.setdefault((found["case"], way), _speed(row))
             elif found := _PEER.match(row["name"]):
-                cells.setdefault((found["case"], found["peer"]), f"{row['ours']:.0f} ({ratio(row)})")
-    cases = [case for case in ("32k", "128k", "packed 64k", "window 4k, 128k") if case in {c for c, _ in cells}]
-    ways = sorted({way for _, way in cells}, key=_order_of)
-    rows = [("", *cases), *((way, *(cells.get((c, way), "") for c in cases)) for way in ways)]
+                cells.setdefault((found["case"], found["peer"]), _speed(row))
     machine = files[0][1]["machine"]
     head = (
         f"Forward and backward on {machine['ranks']} {machine['gpu']}, torch {machine['torch'].partition('+')[0]}, "
         "heads 32/8, head_dim 128, bfloat16, causal: TFLOP/s per GPU, and in brackets the ratio to the same kernel on "
         "one GPU in the same run, at the same FLOPs as one sequence, or for the packed batch on all of it."
     )
-    return "\n".join([*textwrap.wrap(head, 120), "", markdown(rows), "", f"From {', '.join(dict.fromkeys(links))}."])
+    return "\n".join([*textwrap.wrap(head, 120), "", _by_case(cells), "", f"From {', '.join(dict.fromkeys(links))}."])
+
+
+def replayed() -> str:
+    """The same of the ranks of a larger group that two GPUs played, by turns."""
+    files = [(path, content) for path, content in _results("context") if "rows" in content and _is_replay(content)]
+    cells: dict[tuple[str, str], str] = {}
+    links = []
+    for path, content in files:
+        rows = [(found, row) for row in content["rows"] if (found := _REPLAYED.match(row["name"]))]
+        links += [f"[file](../benchmarks/results/{path.name})"] if rows else []
+        for found, row in rows:
+            cells.setdefault((found["case"], f"`{found['scheme']}`, {found['kernel']}"), _speed(row))
+    return "\n".join([_by_case(cells), "", f"From {', '.join(links)}."])
+
+
+_REPLAYED = re.compile(_CONTEXT.pattern.replace(", (?P<kernel>", r", \d+ ranks replayed, (?P<kernel>"))
+
+
+def _is_replay(content: dict[str, Any]) -> bool:
+    return "replayed" in content["machine"]
+
+
+def _speed(row: dict[str, Any]) -> str:
+    return f"{row['ours']:.0f} ({row['ratio']:.3f})"
+
+
+def _by_case(cells: dict[tuple[str, str], str]) -> str:
+    """A table of cells by (case, way)."""
+    cases = [case for case in ("32k", "128k", "packed 64k", "window 4k, 128k") if case in {c for c, _ in cells}]
+    ways = sorted({way for _, way in cells}, key=_order_of)
+    return markdown([("", *cases), *((way, *(cells.get((c, way), "") for c in cases)) for way in ways)])
 
 
 SCHEMES = ("p2p", "all_gather", "a2a", "a2a+p2p")

@@ -166,6 +166,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "speed": figures.speed,
     "speed-summary": figures.speed_summary,
     "context-figures": figures.context,
+    "context-replayed": figures.replayed,
     "transformers-speed": figures.transformers_speed,
     "backends": partial(backend_pages.table_of_backends, ""),
     "sanitize": sanitize,

@@ -76,6 +76,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "batch": {"lengths": 26, "batch": 3},
     "batch_full_sink": {"lengths": 19, "batch": 2, "terms": Terms(), "scores": "sink"},
     "batch_alibi_sequences": {"lengths": 19, "batch": 2, "scores": "alibi_sequences"},
+    "even": {"lengths": 48, "batch": 2, "scores": "sink"},
+    "even_full": {"lengths": 48, "terms": Terms(softcap=1.5)},
+    "even_window": {"lengths": 48, "batch": 2, "terms": Terms(causal=True, window=(7, None))},
+    "even_alibi_sequences": {"lengths": 48, "batch": 2, "scores": "alibi_sequences"},
+    "even_contiguous": {"lengths": 48, "batch": 3, "placement": "contiguous", "heads": "8/2", "dims": "24/16"},
     "bias": {"lengths": 22, "batch": 2, "scores": "bias"},
     "bias_row": {"lengths": 22, "batch": 2, "scores": "bias_row", "terms": Terms()},
     "bias_alibi_sequences": {"lengths": 22, "batch": 2, "scores": "alibi_sequences bias"},
@@ -144,4 +149,6 @@ def for_gpu(case: ContextCase) -> ContextCase:
 def _longer(lengths: Any) -> Any:
     if isinstance(lengths, tuple):
         return tuple(map(_longer, lengths))
-    return lengths if lengths is None or lengths < 2 else 17 * lengths + 3
+    if lengths is None or lengths < 2:
+        return lengths
+    return 16 * lengths if lengths % 16 == 0 else 17 * lengths + 3

@@ -10,14 +10,16 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import anyattn
+from anyattn import _core
 from context_cases import ContextCase, Whole, build, pair
 from context_pool import Seat
-from doubles import pretend
+from doubles import frontend, pretend
 
 INF = float("inf")
 
@@ -45,6 +47,9 @@ def machine(case: ContextCase) -> Iterator[None]:
     try:
         if case.imagined is None:
             yield
+        elif version := dict(case.imagined.packages).get("cudnn"):
+            with frontend.machine(version, on=case.imagined.on):
+                yield
         else:
             with pretend(case.imagined.on, without=case.imagined.without, **dict(case.imagined.packages)):
                 yield
@@ -145,6 +150,19 @@ def run(seat: Seat, case: ContextCase, device: torch.device | str = "cpu") -> Fo
         whole = build(case, device)
         local = localize(whole, plan_of(case, seat.group, whole), device)
         return measure(whole, local, attend(local))
+
+
+def run_and_see_forms(seat: Seat, case: ContextCase) -> tuple[Found, set[str]]:
+    """The same, and in which forms kernels got their tensors."""
+    forms: set[str] = set()
+
+    def make_call(p: Any, *tensors: Any) -> Any:
+        forms.add("packed" if p.packed else "dense")
+        return _make_call(p, *tensors)
+
+    _make_call = _core.make_call
+    with mock.patch.object(_core, "make_call", make_call):
+        return run(seat, case), forms
 
 
 Result = tuple[Tensor, Tensor | None]

@@ -17,6 +17,7 @@ import context_pool
 import context_ranks
 from anyattn import ContextError, ContextParallel, Packing
 from anyattn._context import _agreement
+from anyattn._context._topology import Members
 from context_cases import ContextCase
 from context_judge import judge
 from context_pool import Mesh, Seat
@@ -293,7 +294,31 @@ def test_ranks_that_die_before_plans_are_compared(mortal: context_pool.Pool) -> 
     failure = outcomes[1].failure
     assert failure is not None
     assert failure.is_a(ContextError), failure.text
-    assert failure.message.startswith("ranks 0 (of the job: 0), 2 (of the job: 2) of a"), failure.message
+    words = r"ranks 0 \(of the job: 0\), 2 \(of the job: 2\) of a .*: their connections closed after (\S+) s"
+    named = re.match(words, failure.message)
+    assert named, failure.message
+    assert float(named[1]) < TIMEOUT
+    assert "did not answer" not in failure.message
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        (
+            {},
+            "ranks 1 (of the job: 5), 2 (of the job: 6) of a context-parallel group of 3 did not answer within 6.0 s,",
+        ),
+        (
+            {2: 0.04},
+            "rank 1 (of the job: 5) of a context-parallel group of 3 did not answer within 6.0 s, and rank 2 (of the "
+            "job: 6) ended or broke off: its connection closed after 0.0 s,",
+        ),
+    ],
+    ids=["late", "late and gone"],
+)
+def test_late_ranks_and_gone_ones_are_told_apart(gone: dict[int, float], words: str) -> None:
+    members = Members((3,), 0, (None,), torch.device("cpu"), (4, 5, 6))
+    assert str(_agreement.RanksMissing([1, 2], members, 6.0, gone)).startswith(words)
 
 
 # --- the pool itself -----------------------------------------------------------------------------------------------

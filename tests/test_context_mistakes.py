@@ -61,11 +61,29 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: cp("p2p").plan(P, packing_kv=Packing.from_lengths([3, 4])), ContextError, "'all_gather' or 'a2a'",
     ),
     "cross-attention in two dims": (
-        lambda: cp("a2a+p2p", (2, 2)).plan(P, packing_kv=Packing.from_lengths([3, 4])), ContextError, "'all_gather'",
+        lambda: cp("a2a+p2p", (2, 2)).plan(P, packing_kv=Packing.from_lengths([3, 4])), ContextError,
+        "'all_gather'.*_flatten",
     ),
     "heads that no rank count divides": (lambda: cp("a2a").plan(P, num_heads=6), ContextError, "6 query heads.*4"),
     "heads that two ranks do not divide": (
-        lambda: cp("a2a+p2p", (2, 2)).plan(P, num_heads=5), ContextError, "5 query heads.*2",
+        lambda: cp("a2a+p2p", (2, 2)).plan(P, num_heads=5), ContextError, "5 query heads.*2.*_flatten",
+    ),
+    "a bias on two dims": (
+        lambda: cp("auto", (2, 2)).plan(8, features=("bias",)), ContextError, "comm='all_gather'.*_flatten",
+    ),
+    "ALiBi both ways on two dims": (
+        lambda: cp("auto", (2, 2)).plan(8, causal=False, features=("alibi",)), ContextError, "comm='a2a'.*_flatten",
+    ),
+    "with_mask on two dims that ALiBi cannot have": (
+        lambda: cp("auto", (2, 2)).plan(8, features=("alibi",)).with_mask(causal=False), ContextError, "_flatten",
+    ),
+    "a bias over packed rows on two dims": (
+        lambda: cp("auto", (2, 2)).plan(P, features=("bias",)), ContextError, "told apart already$",
+    ),
+    "a fixed capacity on two dims": (
+        lambda: cp("auto", (2, 2)).plan(
+            Packing.from_lengths([3], max_sequences=2, max_rows=8, max_seqlen=8)
+        ), ContextError, "comm='all_gather' or 'a2a'.*_flatten",
     ),
     "kv heads that do not divide heads": (
         lambda: cp().plan(P, num_heads=6, num_kv_heads=4), ContextError, "multiple of num_kv_heads, got 6 and 4",
@@ -74,6 +92,13 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no heads": (lambda: cp().plan(P, num_heads=0), ContextError, "num_heads.*>= 1.*got 0"),
     "head_dim of no number": (lambda: cp().plan(P, head_dim=64.0), ContextError, "head_dim.*got 64.0"),
     "an unknown feature": (lambda: cp().plan(P, features=("rope",)), ContextError, "rope.*allowed.*bias"),
+    "a feature that is no name": (lambda: cp().plan(P, features=3), ContextError, "names, of alibi.*got 3"),  # type: ignore[arg-type]
+    "features that do not hash": (lambda: cp().plan(P, features=[["lse"]]), ContextError, "unknown features"),  # type: ignore[list-item]
+    "heads that are a bool": (lambda: cp().plan(P, num_heads=True), ContextError, "num_heads.*got True"),
+    "a multiple that is a bool": (lambda: cp().plan(P, pad_to_multiple_of=True), ContextError, "multiple_of.*got True"),
+    "a window of bools": (lambda: cp().plan(P, window=(True, 0)), ContextError, "window.*got \\(True"),
+    "a window of fractions": (lambda: cp().plan(P, window=(2.0, 0)), ContextError, "window.*got \\(2.0"),  # type: ignore[arg-type]
+    "a length in a tensor": (lambda: cp().plan(torch.tensor(3)), ContextError, "a length, got Tensor"),
     "an unknown placement": (lambda: cp().plan(P, placement="snake"), ContextError, "'snake'.*zigzag"),
     "a multiple of zero": (lambda: cp().plan(P, pad_to_multiple_of=0), ContextError, "pad_to_multiple_of.*got 0"),
     "causal by another name": (lambda: cp().plan(P, causal="bottom_right"), ContextError, "'bottom_right'"),
@@ -118,6 +143,28 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "to unshard with a fill that does not fit": (
         lambda: ContextParallel((1, 0)).plan(P).unshard(torch.zeros(23).bool(), fill=2), DtypeError, "unshard: fill=2",
     ),
+    "a fill that is no number": (
+        lambda: cp().plan(P).shard(torch.zeros(23), fill=None), InvalidArgument, "fill must be a number, got None",  # type: ignore[arg-type]
+    ),
+    "a complex fill": (lambda: cp().plan(P).shard(torch.zeros(23), fill=1j), DtypeError, "1j.*real"),  # type: ignore[arg-type]
+    "a fill beyond 64 bits": (
+        lambda: cp().plan(P).shard(torch.zeros(23, dtype=torch.uint64), fill=2**64), DtypeError, "18446744073709551615",
+    ),
+    "infinity in float8": (
+        lambda: cp().plan(P).shard(torch.zeros(23).to(torch.float8_e4m3fn), fill=float("inf")), DtypeError, "up to 448",
+    ),
+    "zero where there is none": (
+        lambda: cp().plan(P).shard(torch.ones(23).to(torch.float8_e8m0fnu)), DtypeError, "fill=0.*float8_e8m0fnu",
+    ),
+    "a gradient in float8": (
+        lambda: cp().plan(P).shard(torch.ones(23).to(torch.float8_e5m2).requires_grad_()), DtypeError, "detach",
+    ),
+    "two numbers in a byte": (
+        lambda: cp().plan(P).shard(torch.zeros(23, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)), DtypeError,
+        "view\\(torch.uint8\\)",
+    ),
+    "a dim that is no number": (lambda: cp().plan(P).shard(torch.zeros(23), dim="x"), ShapeError, "dim 'x'"),  # type: ignore[arg-type]
+    "a dim that is a bool": (lambda: cp().plan(P).shard(torch.zeros(23), dim=False), ShapeError, "dim False"),
     "a dim that is not there": (lambda: cp().plan(P).shard(torch.zeros(23), dim=1), ShapeError, "dim 1"),
     "a shard of a list": (lambda: cp().plan(P).shard([1.0]), InvalidArgument, "tensor, got list"),
     "unshard without a group": (lambda: (p := cp().plan(P)).unshard(torch.zeros(p.rows)), ContextError, "bind"),
@@ -369,6 +416,36 @@ def explained(seat: context_pool.Seat) -> Any:
     """The kernel of this rank's largest call."""
     batch = Batch(seat)
     return anyattn.explain(batch.rows(), batch.rows(), batch.rows(), plan=batch.plan).chosen
+
+
+def outside(seat: context_pool.Seat) -> list[str]:
+    """Ranks 0 and 1 make groups; what the others hear of them."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    groups: list[Any] = [
+        torch.distributed.new_group([0, 1]),
+        torch.distributed.new_group([0, 1], use_local_synchronization=True),
+        DeviceMesh("cpu", [0, 1]),
+    ]
+    found = []
+    for group in groups:
+        try:
+            ContextParallel(group)
+            found.append("")
+        except ContextError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_process_outside_of_a_group_is_told_so() -> None:
+    pool = context_pool.Pool(3)  # all processes make torch's groups together
+    found = context_pool.values(pool.run(3, outside))
+    pool.close()
+    assert found[:2] == [["", "", ""]] * 2
+    plain, local, mesh = found[2]
+    assert "not a member of the group" in plain
+    assert "not a member of the group" in local
+    assert "not a member of the mesh [0, 1]" in mesh
 
 
 def members(seat: context_pool.Seat) -> tuple[int, tuple[int, ...]]:

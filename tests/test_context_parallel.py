@@ -47,6 +47,29 @@ def test_every_scheme_with_every_feature(pool: context_pool.Pool, scheme: str, f
     attempt(pool, ContextCase(**{**SCHEMES[scheme], **FEATURES[feature]}))
 
 
+#: Kernels, and the form in which a plan of one length gives them its tensors.
+FORMS: dict[str, tuple[dict[str, Any], str]] = {
+    "reference": ({"backend": "reference"}, "packed"),
+    "fa3": ({"backend": "fa3", "imagined": Imagined("sm90", (("fa3", "3.0.0"),))}, "packed"),
+    "cudnn, quicker so": ({"backend": "cudnn", "imagined": Imagined("sm90", (("cudnn", "1.32.0"),))}, "dense"),
+    "flash, which takes nothing else": ({"backend": "torch:flash", "imagined": Imagined("sm90")}, "dense"),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kernel", FORMS)
+def test_a_plan_from_a_length_may_give_kernels_dense_tensors(pool: context_pool.Pool, kernel: str, scheme: str) -> None:
+    """Where the ranks divide the length, and the kernel is quicker so, or takes nothing else."""
+    changes, form = FORMS[kernel]
+    case = ContextCase(
+        **SCHEMES[scheme], **changes, lengths=48, batch=2, dims="32", dtype="bfloat16", asks="grad", scores="sink",
+        terms=Terms(causal=True),
+    )  # fmt: skip
+    found = context_pool.values(pool.run(case.group, context_ranks.run_and_see_forms, case))
+    judge(case, [f for f, _ in found])
+    assert {form for _, forms in found for form in forms} == {form}
+
+
 GROUPS = [
     *((comm, n) for n in (1, 2, 3, 8) for comm in ("p2p", "all_gather", "a2a")),
     *(("a2a+p2p", shape) for shape in ((2, 1), (1, 2), (1, 1), (4, 2), (2, 4))),
@@ -95,6 +118,7 @@ KERNELS: dict[str, dict[str, Any]] = {
     "fa3": {"backend": "fa3", "imagined": Imagined("sm90", (("fa3", "3.0.0"),))},
     "fa4": {"backend": "fa4", "imagined": Imagined("sm90", (("fa4", "4.0.0b36"),))},
     "varlen": {"backend": "varlen", "imagined": Imagined("sm90")},
+    "cudnn": {"backend": "cudnn", "imagined": Imagined("sm90", (("cudnn", "1.32.0"),))},
 }
 ON_KERNELS: dict[str, dict[str, Any]] = {
     "causal_sink": {"scores": "sink"},
@@ -103,6 +127,8 @@ ON_KERNELS: dict[str, dict[str, Any]] = {
     "padded": {"gap": 8},
     "zigzag": {"placement": "zigzag"},
     "plain_length": {"lengths": 41, "batch": 2},
+    "even": {"lengths": 48, "batch": 2, "scores": "sink"},
+    "even_window": {"lengths": 48, "terms": Terms(causal=True, window=(9, None))},
     "few": {"lengths": (0, 3, 0), "scores": "sink"},
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import anyattn
 import context_pool
 import context_ranks
 import context_training_calls as calls
-from anyattn import ContextParallel, Packing
+from anyattn import ContextParallel, ContextPlan, Packing
 from context_cases import ContextCase, build
 from context_judge import judge
 from oracle import Terms, visible_pairs
@@ -102,9 +105,17 @@ def test_a_balanced_placement_wastes_few_rows(lengths: list[int]) -> None:
 
 
 DTYPES = (
-    torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64,
+    torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
 )  # fmt: skip
+
+
+def bits(x: Tensor) -> Tensor:
+    """The same bytes in a dtype that torch compares and fills: float8 and unsigned ones it does not."""
+    if x.dtype in (torch.uint16, torch.uint32, torch.uint64) or x.dtype.itemsize == 1:
+        return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
+    return x
 
 
 def sample(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -124,8 +135,30 @@ def test_shards_of_any_dtype(dtype: torch.dtype) -> None:
         mine = plan.shard(x)
         assert mine.dtype == dtype
         rows = plan.shard(torch.arange(packing.rows))[plan.valid]
-        assert torch.equal(mine[plan.valid], x[rows])
-        assert not mine[~plan.valid].any()
+        assert torch.equal(bits(mine)[plan.valid], bits(x)[rows])
+        assert not bits(mine)[~plan.valid].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fill"),
+    [
+        (torch.uint64, 2**64 - 1),
+        (torch.uint16, 65535),
+        (torch.float8_e5m2, float("-inf")),
+        (torch.float8_e4m3fn, -1.5),
+        (torch.float8_e8m0fnu, 4),
+    ],
+    ids=str,
+)
+def test_fills_of_dtypes_that_torch_does_not_fill(dtype: torch.dtype, fill: float) -> None:
+    packing = padded([9, 14])
+    x = torch.ones(packing.rows, 3).to(dtype)
+    for plan in every_plan(packing, 4, pad_to_multiple_of=8):
+        mine = plan.shard(x, fill=fill)
+        assert torch.equal(bits(mine)[plan.valid], bits(x)[: int(plan.valid.sum())])
+        wanted = torch.full((1,), fill, dtype=dtype)
+        assert (bits(mine)[~plan.valid] == bits(wanted)).all()
+    assert (~plan.valid).any(), "the test needs padding"
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
@@ -191,12 +224,15 @@ def test_without_packing_kv_the_keys_lie_where_the_queries_do() -> None:
 # --- unshard, over ranks -------------------------------------------------------------------------------------------
 
 
-def round_trip(seat: context_pool.Seat, dtype: torch.dtype, dim: int, placement: str, fill: Any) -> Tensor:
-    """What comes back of a tensor, on a rank."""
+def round_trip(
+    seat: context_pool.Seat, dtype: torch.dtype, dim: int, placement: str, fill: Any
+) -> tuple[torch.dtype, Tensor]:
+    """What comes back of a tensor, on a rank: its dtype and, for not all dtypes pickle, bits."""
     packing = padded([9, 0, 14, 1])
     plan = ContextParallel(seat.group).plan(packing, placement=placement)
     x = sample(dtype, packing.rows, 2, 3).movedim(0, dim)
-    return plan.unshard(plan.shard(x, dim=dim), dim=dim, fill=fill).movedim(dim, 0)
+    whole = plan.unshard(plan.shard(x, dim=dim), dim=dim, fill=fill).movedim(dim, 0)
+    return whole.dtype, bits(whole)
 
 
 @pytest.mark.parametrize("ranks", [1, 3, context_pool.Mesh((2, 2), ("p2p", "a2a"))], ids=str)
@@ -208,11 +244,12 @@ def test_unshard_brings_back_the_whole(
     packing = padded([9, 0, 14, 1])
     fill = True if dtype == torch.bool else 7
     torch.manual_seed(0)  # as jobs do
-    expected = sample(dtype, packing.rows, 2, 3).masked_fill(~packing.valid[:, None, None], fill)
+    filling = int(bits(torch.full((1,), fill, dtype=dtype))) if dtype.itemsize == 1 else fill
+    expected = bits(sample(dtype, packing.rows, 2, 3)).masked_fill(~packing.valid[:, None, None], filling)
     found = context_pool.values(pool.run(ranks, round_trip, dtype, dim, placement, fill))
-    for whole in found:
-        assert whole.dtype == dtype
-        assert torch.equal(whole, found[0])
+    for kind, whole in found:
+        assert kind == dtype
+        assert torch.equal(whole, found[0][1])
         assert torch.equal(whole, expected)
 
 
@@ -230,6 +267,38 @@ def test_unshards_gradient_is_this_ranks_own_rows(pool: context_pool.Pool) -> No
     for valid, difference in context_pool.values(pool.run(3, gradient_of_unshard)):
         assert not difference.any()
         assert (~valid).any()
+
+
+def layer_between(seat: context_pool.Seat, summed: bool) -> tuple[Tensor, Tensor]:
+    """What arrives at this rank's shard, and what should: the loss is a sum over rows that a layer has mixed."""
+    packing = padded([9, 14])
+    plan = ContextParallel(seat.group).plan(packing)
+    layer = torch.randn(packing.rows, packing.rows)
+    whole = torch.randn(packing.rows, 3, requires_grad=True)
+    mixed = layer @ (whole * packing.valid[:, None])
+    mixed[packing.valid].pow(2).sum().backward()
+    assert whole.grad is not None
+    mine = plan.shard(whole.detach()).requires_grad_()
+    together = plan.unshard(mine)
+
+    def added(grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        torch.distributed.all_reduce(grad, group=seat.group)
+        return grad
+
+    if summed:
+        together.register_hook(added)
+    (plan.shard(layer @ together) * plan.valid[:, None]).pow(2).sum().backward()
+    assert mine.grad is not None
+    return mine.grad, plan.shard(whole.grad)
+
+
+def test_a_layer_over_the_whole_batch_between_unshard_and_shard(pool: context_pool.Pool) -> None:
+    """Each rank's loss is a part, and so is its gradient of the whole: the documented hook adds the parts up."""
+    for found, wanted in context_pool.values(pool.run(3, layer_between, True)):
+        torch.testing.assert_close(found, wanted)
+    for found, wanted in context_pool.values(pool.run(3, layer_between, False)):
+        assert not torch.allclose(found, wanted), "the documentation says that this is a part"
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
@@ -364,6 +433,100 @@ def test_a_plan_pickles(comm: str) -> None:
     )
     assert again.explain() == plan.explain()
     assert pickle.dumps(pickle.loads(data)) == data
+
+
+def copies(seat: context_pool.Seat) -> list[tuple[bool, bool]]:
+    """Of copies of a plan: whether they unshard, and are still plans of their own."""
+    packing = padded([9, 0, 14])
+    plan = ContextParallel(seat.group, comm="all_gather").plan(packing, packing_kv=padded([3, 20, 5]), causal=False)
+    x = torch.arange(packing.rows)
+    found = []
+    for make in (copy.copy, copy.deepcopy):
+        again = make(plan)
+        own = again.position_ids is not plan.position_ids and again.kv is not plan.kv
+        found.append((torch.equal(again.unshard(again.shard(x), fill=-1), plan.unshard(plan.shard(x), fill=-1)), own))
+    return found
+
+
+def test_a_copy_keeps_its_plans_group(pool: context_pool.Pool) -> None:
+    for found in context_pool.values(pool.run(2, copies)):
+        assert found == [(True, True)] * 2
+
+
+@pytest.mark.parametrize("make", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_keys_alone_are_no_plan(make: Any) -> None:
+    plan = every_plan(padded([9, 14]), 2, packing_kv=padded([3, 20]), causal=False)[0]
+    with pytest.raises(anyattn.ContextError, match="a part of its plan: pickle or copy the plan"):
+        make(plan.kv)
+    assert pickle.loads(pickle.dumps(plan)).kv.rows == plan.kv.rows
+
+
+@pytest.mark.parametrize("comm", ["p2p", "all_gather", "a2a", "auto"])
+def test_the_queries_packing_as_packing_kv_is_self_attention(comm: str) -> None:
+    packing, x = padded([9, 0, 14]), torch.arange(padded([9, 0, 14]).rows)
+    for given, same in ((packing, packing), (packing, padded([9, 0, 14])), (23, 23)):
+        plain = every_plan(given, 2, comm)[1]
+        said = every_plan(given, 2, comm, packing_kv=same)[1]
+        assert said.kv is said
+        assert (said.comm, said.rows) == (plain.comm, plain.rows)
+        if given is packing:
+            assert torch.equal(said.shard(x), plain.shard(x))
+
+
+def test_packing_kv_of_the_same_lengths_elsewhere_in_memory_is_not() -> None:
+    plan = every_plan(padded([9, 14]), 2, packing_kv=padded([9, 14], first=0))[0]
+    assert plan.kv is not plan
+
+
+def test_keys_that_are_placed_apart_later_are_sharded_apart() -> None:
+    """Integrations give the keys of a plan another layout, also where their lengths are the queries'."""
+    packing = padded([9, 14])
+    plan = every_plan(packing, 2, packing_kv=packing, placement="contiguous")[0]
+    roomy = replace(plan._data.keys, rows=plan.rows + 3)
+    apart = ContextPlan(replace(plan._data, keys=roomy), plan._members)
+    assert (apart.rows, apart.kv.rows) == (plan.rows, plan.rows + 3)
+
+
+class Whole:
+    """An int of another library."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+def test_ints_of_other_libraries_are_ints() -> None:
+    n = Whole
+    plan = ContextParallel((n(4), n(1)), comm="all_gather").plan(
+        n(64), n(64), window=(n(5), n(0)), num_heads=n(8), num_kv_heads=n(2), head_dim=n(16), head_dim_v=n(8),
+        pad_to_multiple_of=n(4),
+    )  # fmt: skip
+    plain = ContextParallel((4, 1), comm="all_gather").plan(
+        64, window=(5, 0), num_heads=8, num_kv_heads=2, head_dim=16, head_dim_v=8, pad_to_multiple_of=4
+    )
+    assert plan._data == plain._data
+    assert plan._data.fingerprint() == plain._data.fingerprint()
+    assert pickle.dumps(plan) == pickle.dumps(plain)
+    x = torch.randn(3, 64)
+    assert torch.equal(plan.shard(x, dim=n(1)), plain.shard(x, dim=1))  # type: ignore[arg-type]
+    assert ContextParallel(((n(2), n(2)), n(3))).plan(64, features=None).comm == "a2a+p2p"
+
+
+def test_what_was_taken_of_a_plan_is_refilled() -> None:
+    def made(lengths: list[int]) -> Any:
+        packing = Packing.from_lengths(lengths, max_sequences=4, max_rows=32, max_seqlen=32)
+        return ContextParallel((2, 0), comm="all_gather").plan(packing)
+
+    plan, other = made([3, 4]), made([20, 5])
+    positions, valid = plan.position_ids, plan.valid
+    assert not torch.equal(valid, other.valid), "the test needs another batch"
+    plan.copy_(other)
+    assert torch.equal(positions, other.position_ids)
+    assert torch.equal(valid, other.valid)
+    assert plan.position_ids is positions
+    assert plan.valid is valid
 
 
 def test_a_pickled_plan_is_host_data_alone() -> None:

@@ -297,7 +297,7 @@ def fixed(comm: str = "all_gather", lengths: tuple[int, ...] = (5, 9), capacity:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "no capacity": (lambda: ContextParallel((2, 0)).plan(Packing.from_lengths([5])).copy_(fixed()), "max_sequences"),
-    "another comm": (lambda: fixed().copy_(fixed("a2a")), "comm"),
+    "another comm": (lambda: fixed().copy_(fixed("a2a")), r"is 'a2a', .* is 'all_gather'.*comm='all_gather'\)"),
     "another mask": (lambda: fixed().copy_(fixed(causal=False)), "mask"),
     "another window": (lambda: fixed(window=(5, 0)).copy_(fixed(window=(4, 0))), "mask"),
     "another capacity": (lambda: fixed().copy_(fixed(capacity=ROOM._replace(sequences=9))), "capacity"),
@@ -328,6 +328,18 @@ def test_what_a_plan_of_fixed_capacity_refuses(name: str) -> None:
 def test_auto_never_takes_a_ring_for_a_fixed_capacity() -> None:
     for lengths in ((64,), (1, 2, 3)):
         assert fixed("auto", lengths).comm in ("all_gather", "a2a")
+
+
+def test_auto_takes_one_scheme_for_all_batches_of_a_capacity() -> None:
+    """By their lengths alone it would take two."""
+    room, batches = Capacity(8, 1 << 16, 1 << 16), ((1 << 16,), (1 << 13,) * 8, (100, 200), (64,))
+    free = [ContextParallel((4, 0)).plan(Packing.from_lengths(n), num_heads=32, num_kv_heads=8).comm for n in batches]
+    assert len(set(free)) > 1
+    plans = [ContextParallel((4, 0)).plan(room.packing(n), num_heads=32, num_kv_heads=8) for n in batches]
+    assert len({plan.comm for plan in plans}) == 1
+    for plan in plans[1:]:
+        plans[0].copy_(plan)
+        assert torch.equal(plans[0].position_ids, plan.position_ids)
 
 
 @pytest.mark.parametrize("keeping", calls.KEEPING)

@@ -121,6 +121,38 @@ def test_a_plan_of_the_callers_own(pool):
         assert_step(step, alone("gemma2", "positions"))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_oss"])
+def test_a_plan_of_the_callers_own_without_positions(pool, name):
+    """The first rank's rows do begin at 0, and it hears of the others'."""
+    without = context_pool.failures(pool.run(2, jobs.own_plan_without, ("position_ids",), name), anyattn.ContextError)
+    assert "this call cannot run on ranks 1 of the group" in without[0]
+    assert "pass position_ids=plan.position_ids[None]" in without[1]
+
+
+LEFT_OUT = {
+    "plan= and shift_labels= without num_items_in_batch=": ("num_items_in_batch",),
+    "plan= and labels= without shift_labels=": ("shift_labels",),
+}
+
+
+@pytest.mark.parametrize("text", LEFT_OUT)
+def test_a_plan_of_the_callers_own_and_a_loss_of_other_tokens(pool, text):
+    for message in context_pool.failures(pool.run(2, jobs.own_plan_without, LEFT_OUT[text]), anyattn.ContextError):
+        assert text in message
+
+
+def test_a_plan_of_the_callers_own_without_a_loss(pool):
+    left_out = ("labels", "shift_labels", "num_items_in_batch")
+    assert context_pool.values(pool.run(2, jobs.own_plan_without, left_out)) == [None, None]
+    assert None not in context_pool.values(pool.run(2, jobs.own_plan_without, ()))
+
+
+@pytest.mark.parametrize("gradients", ["mean", "sum"])
+def test_a_loss_of_the_callers_own(pool, gradients):
+    for step in context_pool.values(pool.run(2, jobs.unsharded_loss, gradients)):
+        assert_step(step, alone("llama", "positions"))
+
+
 def test_plans_made_by_the_data_loader(pool):
     model = jobs.build("mistral")
     collator = transformers.DataCollatorWithFlattening()
@@ -372,7 +404,7 @@ def test_arguments_of_the_context(cp):
     with pytest.raises(anyattn.ContextError, match="placement"), context_parallel(cp, model, placement="somewhere"):
         model(**jobs.batch_of("plain"))
     with context_parallel(cp, model) as division, pytest.raises(anyattn.ContextError, match="call the model first"):
-        division.plan  # noqa: B018
+        division.unshard(torch.ones(1, 3))
 
 
 def test_nested_contexts(cp):
@@ -397,8 +429,7 @@ def test_after_it_the_model_is_as_before(cp):
         assert model(**batch).logits.shape[:2] == (1, int(batch["attention_mask"].sum()))
     after = model(**batch)
     torch.testing.assert_close(after.logits, before.logits)
-    assert not model._forward_pre_hooks
-    assert not model._forward_hooks
+    assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
 
 
 def test_positions_of_three_rows(cp):
@@ -415,7 +446,7 @@ def test_positions_of_three_rows(cp):
     want = model(**batch).last_hidden_state.flatten(0, 1)
     with context_parallel(cp, model) as division:
         rows = model(**batch).last_hidden_state
-        got = division.plan.unshard(rows, dim=1)[0]
+        got = division.unshard(rows, dim=1)[0]
     real = batch["attention_mask"].flatten().bool()
     torch.testing.assert_close(got[real], want[real], atol=2e-5, rtol=2e-4)
 

@@ -1,8 +1,10 @@
-"""Models divided over ranks: how they count positions, copies of them, other threads, and arguments of their loss."""
+"""Models divided over ranks: positions, the last call, parts and copies, other threads, arguments of the loss."""
 
 import copy
 import pickle
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,8 +63,7 @@ def both(cp, model, **batch):
     with torch.no_grad():
         want = model(**batch).logits.flatten(0, 1)
         with context_parallel(cp, model) as division:
-            rows = model(**batch).logits
-            got = division.plan.unshard(rows, dim=1)[0]
+            got = division.unshard(model(**batch).logits)[0]
     mask = batch.get("attention_mask")
     real = slice(None) if mask is None else mask.flatten().bool()
     return want[real], got[real]
@@ -135,6 +136,59 @@ def test_documents_that_go_on_in_the_next_entry(cp, lengths):
     packing = anyattn.Packing.from_lengths(lengths)
     want, got = both(cp, jobs.build("llama"), input_ids=tokens(), position_ids=positions, packing=packing)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-4)
+
+
+# --- the last call, parts of a model, plans of the caller's own ---
+
+
+def test_rows_of_the_last_call(cp):
+    """Also where the call stands in the same line: two batches with as many real tokens, elsewhere."""
+    model, batch = jobs.build("llama").eval(), jobs.batch_of("right")
+    other = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"].flip(1)}
+    real = other["attention_mask"].flatten().bool()
+    with torch.no_grad():
+        want = model(**other).logits.flatten(0, 1)
+        with context_parallel(cp, model) as division:
+            model(**batch)
+            got = division.unshard(model(**other).logits, dim=1)[0]
+            rows = division.shard(other["input_ids"].view(1, -1))
+    torch.testing.assert_close(got[real], want[real], atol=2e-5, rtol=2e-4)
+    assert rows[0].tolist() == other["input_ids"].flatten()[real].tolist()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_decoder_under_the_head_by_itself(cp, compiled):
+    model, batch = jobs.build("llama"), jobs.batch_of("plain")
+    decoder = torch.compile(model.model, backend="eager") if compiled else model.model
+    with (
+        context_parallel(cp, model),
+        pytest.raises(anyattn.ContextError, match="inside of a LlamaForCausalLM was"),
+    ):
+        decoder(input_ids=batch["input_ids"])
+    assert not model.model._forward_pre_hooks
+    with torch.no_grad(), context_parallel(cp, model.model):
+        assert decoder(input_ids=batch["input_ids"]).last_hidden_state.shape[:2] == (1, 51)
+
+
+def test_the_page_without_the_context():
+    """Its code runs, and the loss of one rank, which has all tokens, is the batch's."""
+    page = (Path(__file__).parent.parent / "docs" / "transformers-context-parallel.md").read_text("utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert "plan=plan" in code[-1]
+    names = {"__name__": "page"}
+    for block in (code[0], code[-1]):
+        exec(compile(block, "page", "exec"), names)
+    assert names["part"].item() == pytest.approx(names["loss"].item(), abs=2e-6)
+
+
+def test_documents_on_one_rank_without_positions(cp):
+    model, batch = jobs.build("llama"), jobs.batch_of("positions")
+    plan = cp.plan(anyattn.Packing.from_lengths(jobs.LENGTHS))
+    with pytest.raises(anyattn.ContextError, match="plan= without position_ids="):
+        model(input_ids=plan.shard(batch["input_ids"], dim=1), plan=plan)
+    assert model(input_ids=batch["input_ids"], plan=plan, position_ids=batch["position_ids"]).logits.shape[1] == 51
+    whole = cp.plan(anyattn.Packing.from_lengths([51]))
+    assert model(input_ids=batch["input_ids"], plan=whole).logits.shape[1] == 51
 
 
 # --- copies, threads, accelerators ---

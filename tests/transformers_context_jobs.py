@@ -132,7 +132,7 @@ def divided(seat: Any, name: str, kind: str, comm: str, gradients: str = "mean",
     with context_parallel(cp, model, gradients=gradients) as division:
         out = model(**batch, **more)
         out.loss.backward()
-        logits = division.plan.unshard(out.logits.detach(), dim=1)[0]
+        logits = division.unshard(out.logits.detach())[0]
     summed = averaged(seat, model, seat.size if gradients == "mean" else 1)
     return Step(out.loss.item(), summed, logits[real_tokens(batch)])
 
@@ -174,7 +174,7 @@ def wrapped(seat: Any, how: str) -> Step:
         out = outer(**batch)
         loss, logits = (out[0], out[1]) if how == "tuple" else (out.loss, out.logits)
         loss.backward()
-        logits = division.plan.unshard(logits.detach(), dim=1)[0]
+        logits = division.unshard(logits.detach())[0]
     if how.startswith("fsdp2"):
         gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
     elif how == "ddp":
@@ -214,6 +214,33 @@ def by_own_plan(seat: Any) -> Step:
     out.loss.backward()
     dist.all_reduce(total := out.loss.detach().clone(), group=seat.group)
     return Step(total.item(), averaged(seat, model, 1), plan.unshard(out.logits.detach(), dim=1)[0])
+
+
+def own_plan_without(seat: Any, left_out: tuple[str, ...], name: str = "llama") -> Any:
+    """The same for one document, without some of the arguments; returns the loss."""
+    model, ids = build(name), batch_of("plain")["input_ids"].view(1, -1)
+    packing = anyattn.Packing.from_lengths([ids.shape[1]])
+    plan = anyattn.ContextParallel(seat.group).plan(packing, placement="contiguous")
+    labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+    mine = plan.shard(labels, dim=1, fill=IGNORED)
+    batch = {
+        "inputs_embeds": plan.shard(model.get_input_embeddings()(ids), dim=1), "position_ids": plan.position_ids[None],
+        "labels": mine, "shift_labels": mine, "num_items_in_batch": (labels != IGNORED).sum(),
+    }  # fmt: skip
+    given = {key: value for key, value in batch.items() if key not in left_out}
+    loss = model(**given, plan=plan).loss
+    return None if loss is None else loss.item()
+
+
+def unsharded_loss(seat: Any, gradients: str) -> Step:
+    """A loss of one's own, of logits that were put together again, which every rank computes."""
+    model, batch = build("llama"), batch_of("positions")
+    labels = batch.pop("labels")
+    with context_parallel(anyattn.ContextParallel(seat.group), model, gradients=gradients) as division:
+        logits = division.unshard(model(**batch).logits)[0]
+        loss = torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], ignore_index=IGNORED)
+        loss.backward()
+    return Step(loss.item(), averaged(seat, model, seat.size if gradients == "mean" else 1), logits.detach())
 
 
 def collated(seat: Any) -> list[float]:

@@ -148,6 +148,8 @@ class Capability:
     """Where any backend may run, kernels of a higher rank come after all of a lower one; 2 and more: last resorts."""
     slow_at: Callable[[Problem], bool] | None = None
     """Problems that it takes and that others are much faster at: it ranks below them there."""
+    dense_is_quicker: bool = False
+    """One sequence is quicker as a dense batch than as a packed one: what a plan of one sequence then hands over."""
     reads_torch_flag: bool = False
     """Deterministic only while torch.use_deterministic_algorithms is on."""
     most_splits: int = 1

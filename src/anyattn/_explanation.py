@@ -36,6 +36,8 @@ class Kernel:
     """What a user should know of a call that it runs."""
     rank: int = 0
     """As ``Capability.rank_at`` says."""
+    dense_is_quicker: bool = False
+    """As the capability says."""
 
     def __str__(self) -> str:
         return f"{self.backend}:{self.name}" if self.name else self.backend

@@ -353,6 +353,7 @@ def _kernel(name: str, capability: Capability, problem: Problem, probe: Probe) -
         dims=dims,
         notes=tuple(notes),
         rank=capability.rank_at(problem),
+        dense_is_quicker=capability.dense_is_quicker,
     )
 
 

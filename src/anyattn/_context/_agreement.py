@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -75,17 +75,37 @@ def _timeout(members: Members) -> timedelta:
 
 
 class RanksMissing(ContextError):
-    """Ranks that did not take part in a comparison."""
+    """Ranks that did not take part in a comparison.
 
-    def __init__(self, ranks: list[int], members: Members, seconds: float) -> None:
+    Args:
+        ranks: of the group.
+        members: all that compare.
+        seconds: how long they were waited for.
+        gone: those whose connection closed, and after how many seconds.
+    """
+
+    def __init__(
+        self, ranks: list[int], members: Members, seconds: float, gone: Mapping[int, float] | None = None
+    ) -> None:
         self.ranks = ranks
-        one = len(ranks) == 1
-        names = ", ".join(f"{rank} (of the job: {members.ranks[rank]})" for rank in ranks)
+        gone = gone or {}
+        late = [rank for rank in ranks if rank not in gone]
+
+        def named(which: Iterable[int]) -> str:
+            names = [f"{rank} (of the job: {members.ranks[rank]})" for rank in sorted(which)]
+            return f"rank{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+        subject, what = named(late or gone), [f" did not answer within {seconds:.1f} s"] if late else []
+        own = "their own" if len(ranks) > 1 else "its own"
+        if gone:
+            whose = "their connections" if len(gone) > 1 else "its connection"
+            what.append(f", and {named(gone)}" if late else "")
+            what.append(f" ended or broke off: {whose} closed after {max(gone.values()):.1f} s")
         super().__init__(
-            f"rank{'' if one else 's'} {names} of a context-parallel group of {members.world} did not answer within "
-            f"{seconds:.1f} s, when plans were compared before a first use: look for {'its' if one else 'their'} own "
-            "error, or what kept it from the same call; all ranks of the group make the same calls in the same order. "
-            "How long ranks wait is the timeout of the group that ContextParallel was given"
+            f"{subject} of a context-parallel group of {members.world}"
+            f"{''.join(what)}, when plans were compared before a first use: look for {own} error, or what kept it from "
+            "the same call; all ranks of the group make the same calls in the same order. How long ranks wait is the "
+            "timeout of the group that ContextParallel was given"
         )
 
 
@@ -110,11 +130,15 @@ def _gathered(group: Any, members: Members, numbers: Tensor) -> Tensor:
     others = [rank for rank in range(members.world) if rank != members.rank]
     works: list[tuple[int, Any]] = []
     missing: dict[int, RuntimeError] = {}
+    gone: dict[int, float] = {}
 
     def attempt(rank: int, action: Callable[[], Any]) -> Any:
         try:
             return action()
         except RuntimeError as error:
+            text = str(error).lower()
+            if rank not in missing and "timed out" not in text and "timeout" not in text:  # gloo says so
+                gone[rank] = time.monotonic() - begin
             missing.setdefault(rank, error)
 
     for rank in others:
@@ -126,7 +150,8 @@ def _gathered(group: Any, members: Members, numbers: Tensor) -> Tensor:
         if work is not None:
             attempt(rank, partial(work.wait, left))
     if missing:
-        raise RanksMissing(sorted(missing), members, time.monotonic() - begin) from next(iter(missing.values()))
+        waited = time.monotonic() - begin
+        raise RanksMissing(sorted(missing), members, waited, gone) from next(iter(missing.values()))
     return everyone
 
 

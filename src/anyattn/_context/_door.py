@@ -133,8 +133,8 @@ def _agree(t: Tensors, asked: Asked, plan: ContextPlan, kind: Any) -> None:
         requests = _requests(t, asked, plan)[1]
         if t.q.is_meta:
             raise DeviceError("q is on meta, which explain() takes; attention() computes: move the tensors to a device")
-        for request in requests:
-            _kernel.prepared(request)
+        for asks in requests:
+            _kernel.prepared(asks)
     except Exception as error:  # whatever it is, the others must hear of it
         failure = error
     try:
@@ -159,8 +159,8 @@ def _alike(t: Tensors, asked: Asked) -> dict[str, object]:
 def _fail_alike(t: Tensors, asked: Asked, plan: ContextPlan, others: OthersFailed) -> None:
     """Raise what another rank raises; a rank that computes nothing has found nothing wrong by itself."""
     there = ContextPlan(replace(plan._data, rank=others.ranks[0]), plan._members)
-    for request in _requests(t, asked, there)[1]:
-        _kernel.prepared(request)
+    for asks in _requests(t, asked, there)[1]:
+        _kernel.prepared(asks)
     raise ContextError(str(others)) from None
 
 
@@ -221,10 +221,15 @@ def explain(t: Tensors, asked: Asked, plan: Any, installed: Any, arch: int | Non
     if not calls:
         raise ContextError("this rank has nothing to compute under this plan: no kernel is chosen")
     sizes = [sum(e.len_q * e.len_k for e in call.call.entries) for call in calls]
-    return _preparation.explain(requests[sizes.index(max(sizes))], installed, arch)
+
+    def choose(request: Request) -> tuple[Explanation, _select.Kernel | None]:
+        told = _preparation.explain(request, installed, arch)
+        return told, told.forward
+
+    return _kernel.chosen(requests[sizes.index(max(sizes))], choose)
 
 
-def _requests(t: Tensors, asked: Asked, plan: ContextPlan) -> tuple[list[CallTables], list[Request]]:
+def _requests(t: Tensors, asked: Asked, plan: ContextPlan) -> tuple[list[CallTables], list[tuple[Request, ...]]]:
     """This rank's kernel calls, and what each asks of the choice of a kernel; checked."""
     sizes = checked(t, asked, plan)
     if not sizes.batch:
@@ -240,15 +245,15 @@ def _requests(t: Tensors, asked: Asked, plan: ContextPlan) -> tuple[list[CallTab
         torch.empty(1, dtype=dtype, device=x.device).expand(1, of, x.shape[-1])
         for x, of in ((q, heads[0]), (k, heads[1]), (v, heads[1]))
     ]
-    found: dict[Request, CallTables] = {}
+    found: dict[tuple[Request, ...], CallTables] = {}
     for unit in _schedule.units_of(run.job, parts[0], parts[1]):
         terms = _schedule.terms_of(run.terms._replace(seed=None), unit.heads.q, 0)
         for call in unit.stage.calls:
             rows = (call.q[1] - call.q[0], call.k[1] - call.k[0])
             mine = parts[0][:, unit.heads.q].expand(rows[0], -1, -1)
             keys, values = (x[:, unit.heads.k].expand(rows[1], -1, -1) for x in parts[1:])
-            request = _schedule.kernel_of(run.job, call).request(mine, keys, values, terms)
-            found.setdefault(request, call)
+            asks = _schedule.kernel_of(run.job, call).requests(mine, keys, values, terms)
+            found.setdefault(asks, call)
     return list(found.values()), list(found)
 
 

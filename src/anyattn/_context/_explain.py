@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import string
 import textwrap
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from anyattn._context import _cost, _simulate
@@ -24,7 +26,7 @@ _STRIP = 48
 def text(data: PlanData) -> str:
     """What ``plan.explain()`` returns."""
     gpu = _cost.default_gpu()
-    estimates, refused = _simulate.alternatives(data, gpu)
+    estimates, refused = alternatives(data, gpu)
     own = _simulate.estimate(data, gpu)
     parts = [
         *_wrapped(_headline(data, own, estimates), ""),
@@ -80,7 +82,7 @@ def mask_words(mask: Mask) -> str:
 
 def _facts(data: PlanData, own: Estimate, gpu: Gpu) -> list[str]:
     queries, shape = data.queries, data.shape
-    whole, cut = _simulate.whole_and_cut(queries)
+    whole, cut = whole_and_cut(queries)
     empty = len(queries.lengths) - whole - cut
     tokens, rows = sum(queries.lengths), queries.rows * queries.ranks
     kv = f"/{shape.num_kv_heads}" if shape.num_kv_heads != shape.num_heads else ""
@@ -105,6 +107,16 @@ def _facts(data: PlanData, own: Estimate, gpu: Gpu) -> list[str]:
     if data.features:
         facts["features"] = ", ".join(data.features)
     return [line for name, words in facts.items() for line in _wrapped(words, f"{name:<11}")]
+
+
+def whole_and_cut(layout: Layout) -> tuple[int, int]:
+    """How many documents lie whole on one rank, and how many are cut; empty ones are neither."""
+    holders: dict[int, set[int]] = {}
+    for rank, pieces in enumerate(layout.pieces):
+        for piece in pieces:
+            holders.setdefault(piece.document, set()).add(rank)
+    cut = sum(1 for ranks in holders.values() if len(ranks) > 1)
+    return len(holders) - cut, cut
 
 
 def _ranks(data: PlanData, gpu: Gpu) -> list[str]:
@@ -149,6 +161,38 @@ def _cannot(data: PlanData) -> list[str]:
         return []
     lines = [f"{', '.join(names)}: {why.replace('...', names[0], 1)}" for why, names in reasons.items()]
     return ["", "Calls under this plan cannot have", *(part for line in lines for part in _wrapped(line, "  "))]
+
+
+# ---- what other schemes would do
+
+
+def refusal(data: PlanData, comm: Comm) -> str:
+    """Why a scheme cannot serve this batch on these ranks; empty if it can."""
+    if comm == "a2a+p2p" and data.comm != comm:
+        return "it needs ranks in two dims: a mesh of (p2p, a2a)"
+    shared = {"a2a": data.topology.world, "a2a+p2p": data.topology.heads}.get(comm, 1)
+    if data.shape.num_heads % shared:
+        assumed = "" if data.given[0] is not None else " (assumed: num_heads= was not given)"
+        return f"{data.shape.num_heads} query heads{assumed} do not divide over {shared} ranks"
+    try:
+        check_features(replace(data, comm=comm), frozenset(data.features))
+    except ContextError as error:
+        return str(error)
+    return ""
+
+
+def alternatives(data: PlanData, gpu: Gpu) -> tuple[dict[Comm, Estimate], dict[Comm, str]]:
+    """Estimates of all schemes that can serve the batch, each with its best placement; and why others cannot."""
+    reasons = {comm: refusal(data, comm) for comm in _cost.PREFERRED}
+    refused = {comm: why for comm, why in reasons.items() if why and comm != data.comm}
+    allowed = [comm for comm, why in reasons.items() if not why]
+    if not allowed:  # this plan's own heads are assumed ones that its ranks do not divide
+        return {}, refused
+    choice = _cost.choose(
+        data.queries.lengths, data.topology.world, data.mask, data.shape, gpu, allowed,
+        members=data.topology.heads if data.comm == "a2a+p2p" else 1, keys=data.keys if data.cross else None,
+    )  # fmt: skip
+    return choice.estimates, refused
 
 
 # ---- pictures
@@ -204,6 +248,50 @@ def _ranges(layout: Layout, rank: int, room: int) -> str:
         if len(line) <= room:
             return line
     return counted(len(found), "piece") if found else "nothing"
+
+
+# ---- where a token lies
+
+
+class Owners:
+    """Documents, positions and ranks of the tokens of a batch, by their number in it."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.lengths = layout.lengths
+        self.starts = [0, *accumulate(layout.lengths)]
+        spans = sorted((self.starts[d] + b, r) for r, own in enumerate(layout.pieces) for d, b, _, _ in own)
+        self._begins, self._ranks = [b for b, _ in spans], [r for _, r in spans]
+
+    def at(self, token: int) -> tuple[int, int, int]:
+        """(document, position, rank)."""
+        document = bisect_right(self.starts, token) - 1
+        return document, token - self.starts[document], self._ranks[bisect_right(self._begins, token) - 1]
+
+
+def sampled(data: PlanData, rows: int, columns: int) -> list[tuple[int, list[int | None]]]:
+    """A coarse picture of which queries see which keys: per row the rank of its query, and the ranks of the keys seen.
+
+    Looks at one token in the middle of each row and column; None: the query does not see that key.
+    """
+    queries = Owners(data.queries)
+    keys = queries if data.keys is data.queries else Owners(data.keys)
+    total_q, total_k = queries.starts[-1], keys.starts[-1]
+    if not total_q or not total_k:
+        return []
+    ends = [keys.at((2 * c + 1) * total_k // (2 * columns)) for c in range(columns)]
+    picture = []
+    for r in range(rows):
+        document, position, rank = queries.at((2 * r + 1) * total_q // (2 * rows))
+        n, m = queries.lengths[document], keys.lengths[document]
+        here = position + (0 if data.mask.top_left else m - n)
+        cells = [owner if d == document and _sees(data.mask, k - here) else None for d, k, owner in ends]
+        picture.append((rank, cells))
+    return picture
+
+
+def _sees(mask: Mask, distance: int) -> bool:
+    """Whether a query sees a key at this distance from its own position."""
+    return (mask.left is None or -distance <= mask.left) and (mask.right is None or distance <= mask.right)
 
 
 # ---- words

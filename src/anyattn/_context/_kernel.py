@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from anyattn import _core, _preparation, _select
-from anyattn._call import Result, Saved
+from anyattn._call import Call, Result, Saved
 from anyattn._context._tables import CallTables
+from anyattn._errors import NoBackend
 from anyattn._preparation import Inputs, Prepared
 from anyattn._request import Meta, Request
+
+T = TypeVar("T")
 
 
 class Options(NamedTuple):
@@ -60,7 +64,11 @@ NOWHERE = Places()
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One call of a plan, with what it asks; ``run`` and ``run_backward`` take slices of this rank's tensors."""
+    """One call of a plan, with what it asks; ``run`` and ``run_backward`` take slices of this rank's tensors.
+
+    The kernel gets them packed, or as (entries, seq, heads, dim): for terms over (seq_q, seq_k), and where a plan from
+    a plain length makes a call of equal entries, if the kernel is quicker so, or takes nothing else.
+    """
 
     tables: CallTables
     options: Options
@@ -76,35 +84,34 @@ class Kernel:
 
         out may be found in ``place``, or elsewhere.
         """
-        q, k, v = self._shaped(q), self._shaped(k), self._shaped(v)
-        x, bias = self._inputs(terms)
-        kind = self._kind(q, k, v, x, bias)
+        added = self._cut(terms)
+        kind = self._kind(q, k, v, added)
 
         def settle() -> Prepared:
             found = _settled.get(kind)
             if found is None:
                 if len(_settled) >= 4096:
                     _settled.clear()
-                found = _settled[kind] = _prepare(self._request(q, k, v, x, bias), self.bare)
+                found = _settled[kind] = _choose(self._requests(q, k, v, added), self.bare)
             return found
 
         def drop() -> None:
             _settled.pop(kind, None)
-            _drop(self._request(q, k, v, x, bias), self.bare)
+            for request in self._requests(q, k, v, added):
+                _drop(request, self.bare)
 
         def run(p: Prepared) -> tuple[Prepared, Result]:
-            call = _core.make_call(p, q, k, v, None, bias, x)
+            call = self._call(p, q, k, v, added)
             if place is not None and self.keys is None and p.dims is None:
-                call = call._replace(out=place)
+                call = call._replace(out=self._shaped(place, p))
             return p, _core.forward(p, call, None)
 
         p, (out, lse, rng, _) = _preparation.run_accepted(settle, run, drop)
-        return p, Result(self._flat(out), self._flat_lse(lse), rng)
+        return p, Result(self._flat(out, p), self._flat_lse(lse, p), rng)
 
-    def request(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Request:
-        """What is asked of the choice of a kernel."""
-        x, bias = self._inputs(terms)
-        return self._request(self._shaped(q), self._shaped(k), self._shaped(v), x, bias)
+    def requests(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> tuple[Request, ...]:
+        """What is asked of the choice of a kernel, for ``chosen``."""
+        return self._requests(q, k, v, self._cut(terms))
 
     def run_backward(
         self,
@@ -119,39 +126,53 @@ class Kernel:
         places: Places = NOWHERE,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(dq, dk, dv, dbias) from the final out and lse, by what forward ran; in ``places``, or elsewhere."""
-        q, k, v = self._shaped(q), self._shaped(k), self._shaped(v)
-        x, bias = self._inputs(terms)
-        call = _core.make_call(p, q, k, v, None, bias, x)
+        call = self._call(p, q, k, v, self._cut(terms))
         if places is not NOWHERE and self.keys is None and p.dims is None:
-            call = call._replace(dq=places.dq, dk=places.dk, dv=places.dv)
-        if self.keys is not None:
-            saved = saved._replace(out=saved.out[None], lse=saved.lse[None])
-            dlse = None if dlse is None else dlse[None]
-        found = _core.backward(p, call, saved, self._shaped(dout), dlse)
-        return self._flat(found.dq), self._flat(found.dk), self._flat(found.dv), found.dbias
+            dq, dk, dv = (None if x is None else self._shaped(x, p) for x in places)
+            call = call._replace(dq=dq, dk=dk, dv=dv)
+        lse = self._entries_of_lse(saved.lse, p)
+        dlse = None if dlse is None else self._entries_of_lse(dlse, p)
+        saved = saved._replace(out=self._shaped(saved.out, p), lse=lse)
+        found = _core.backward(p, call, saved, self._shaped(dout, p), dlse)
+        return self._flat(found.dq, p), self._flat(found.dk, p), self._flat(found.dv, p), found.dbias
 
     # --- layouts ---
 
-    def _shaped(self, x: Tensor) -> Tensor:
-        return x if self.keys is None else x[None]
+    @property
+    def _entries(self) -> int:
+        """Of 4-D tensors."""
+        return self.tables.even or 1
 
-    def _flat(self, x: Tensor) -> Tensor:
-        return x if self.keys is None else x[0]
+    def _shaped(self, x: Tensor, p: Prepared) -> Tensor:
+        """(rows, heads, dim) as the kernel takes them."""
+        return x if p.packed else x.unflatten(0, (self._entries, -1))
 
-    def _flat_lse(self, lse: Tensor | None) -> Tensor | None:
-        return lse if self.keys is None or lse is None else lse[0]
+    def _flat(self, x: Tensor, p: Prepared) -> Tensor:
+        return x if p.packed else x.flatten(0, 1)
 
-    def _inputs(self, terms: Terms) -> tuple[Inputs, Tensor | None]:
-        """What the call carries beside q, k and v."""
-        alibi = terms.alibi
+    def _flat_lse(self, lse: Tensor | None, p: Prepared) -> Tensor | None:
+        """(heads, rows)."""
+        return lse if p.packed or lse is None else lse.transpose(0, 1).flatten(1)
+
+    def _entries_of_lse(self, lse: Tensor, p: Prepared) -> Tensor:
+        """(heads, rows), or (entries, heads, rows), in one run of memory: kernels read it as it lies there."""
+        return lse if p.packed else lse.unflatten(1, (self._entries, -1)).transpose(0, 1).contiguous()
+
+    def _call(self, p: Prepared, q: Tensor, k: Tensor, v: Tensor, added: _Added) -> Call:
+        seed = None if added.seed is None else torch.tensor([added.seed, 0], dtype=torch.int64, device="cpu")
+        rows_q, rows_k = (self.tables.packing_q._rows, self.tables.packing_k._rows) if p.packed else (None, None)
+        inputs = Inputs(rows_q, rows_k, added.alibi, added.mask, None, seed)
+        q, k, v = self._shaped(q, p), self._shaped(k, p), self._shaped(v, p)
+        return _core.make_call(p, q, k, v, None, added.bias, inputs)
+
+    def _cut(self, terms: Terms) -> _Added:
+        """What this call carries beside q, k and v."""
+        alibi, bias, mask, seed = terms
         if alibi is not None and alibi.ndim == 2:
             alibi = alibi.index_select(0, self.tables.documents)
-        seed = None if terms.seed is None else torch.tensor([terms.seed, 0], dtype=torch.int64, device="cpu")
         if self.keys is None:
-            rows_q, rows_k = self.tables.packing_q._rows, self.tables.packing_k._rows
-            return Inputs(rows_q, rows_k, alibi, None, None, seed), None
-        mask = None if terms.mask is None else self.cut(terms.mask)
-        return Inputs(None, None, alibi, mask, None, seed), None if terms.bias is None else self.cut(terms.bias)
+            return _Added(alibi, None, None, seed)
+        return _Added(alibi, None if bias is None else self.cut(bias), None if mask is None else self.cut(mask), seed)
 
     def cut(self, term: Tensor) -> Tensor:
         """A term's part for this call; dims of size 1 stay."""
@@ -162,14 +183,20 @@ class Kernel:
 
     # --- what is asked ---
 
-    def _kind(self, q: Tensor, k: Tensor, v: Tensor, x: Inputs, bias: Tensor | None) -> tuple[Any, ...]:
-        """All that the request depends on, quicker to look up than it is."""
-        added = tuple(None if t is None else (t.shape, t.dtype) for t in (x.alibi, x.mask, bias))
-        return self.tables.serial, self.bare, self.keys, self.options, q.shape, k.shape, v.shape, q.dtype, added
+    def _kind(self, q: Tensor, k: Tensor, v: Tensor, added: _Added) -> tuple[Any, ...]:
+        """All that the requests depend on, quicker to look up than they are."""
+        of = tuple(None if t is None else (t.shape, t.dtype) for t in (added.alibi, added.mask, added.bias))
+        return self.tables.serial, self.bare, self.keys, self.options, q.shape, k.shape, v.shape, q.dtype, of
 
-    def _request(self, q: Tensor, k: Tensor, v: Tensor, x: Inputs, bias: Tensor | None) -> Request:
+    def _requests(self, q: Tensor, k: Tensor, v: Tensor, added: _Added) -> tuple[Request, ...]:
+        if self.keys is None and self.tables.even is None:
+            return (self._request(q, k, v, added, packed=True),)
+        entries_q, entries_k, entries_v = (x.unflatten(0, (self._entries, -1)) for x in (q, k, v))
+        dense = self._request(entries_q, entries_k, entries_v, added, packed=False)
+        return (dense,) if self.keys is not None else (self._request(q, k, v, added, packed=True), dense)
+
+    def _request(self, q: Tensor, k: Tensor, v: Tensor, added: _Added, *, packed: bool) -> Request:
         o, call = self.options, self.tables.call
-        packed = self.keys is None
         packing_q, packing_k = self.tables.packing_q, self.tables.packing_k
         left, right = call.left, call.right
         causal = right == 0
@@ -183,9 +210,9 @@ class Kernel:
             o.scale,
             o.softcap,
             None,
-            None if x.alibi is None else _meta(x.alibi, False),
-            None if bias is None else _meta(bias, o.bias_grad),
-            None if x.mask is None else _meta(x.mask, False),
+            None if added.alibi is None else _meta(added.alibi, False),
+            None if added.bias is None else _meta(added.bias, o.bias_grad),
+            None if added.mask is None else _meta(added.mask, False),
             o.dropout,
             "thd" if packed else "bshd",
             packing_q._key if packed else None,
@@ -200,6 +227,15 @@ class Kernel:
             o.flash_override,
             o.num_splits,
         )
+
+
+class _Added(NamedTuple):
+    """What one call carries beside q, k and v."""
+
+    alibi: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
+    seed: int | None
 
 
 def _meta(x: Tensor, grad: bool) -> Meta:
@@ -225,13 +261,47 @@ def _prepare(request: Request, bare: bool) -> Prepared:
     return found
 
 
-def prepared(request: Request) -> None:
-    """Choose a kernel for a request ahead of time.
+def chosen(requests: Sequence[Request], choose: Callable[[Request], tuple[T, _select.Kernel | None]]) -> T:
+    """What is found for the request that a call is made by: the last, the dense one, where its kernel is quicker so.
+
+    Args:
+        requests: as ``Kernel.requests`` gives them.
+        choose: what is found for a request, and the kernel, None if there is none.
+    """
+    first, kernel = choose(requests[0])
+    if len(requests) == 1 or (kernel is not None and not kernel.dense_is_quicker):
+        return first
+    dense, other = choose(requests[1])
+    return first if other is None else dense
+
+
+def _choose(requests: Sequence[Request], bare: bool) -> Prepared:
+    """The kernel of a call.
 
     Raises:
         NoBackend: nothing that is allowed takes it.
     """
-    _prepare(request, True)
+
+    def choose(request: Request) -> tuple[Prepared | NoBackend, _select.Kernel | None]:
+        try:
+            p = _prepare(request, bare)
+        except NoBackend as refused:
+            return refused, None
+        return p, p.kernel
+
+    found = chosen(requests, choose)
+    if isinstance(found, NoBackend):
+        raise found
+    return found
+
+
+def prepared(requests: Sequence[Request]) -> None:
+    """Choose the kernel of a call ahead of time.
+
+    Raises:
+        NoBackend: nothing that is allowed takes it.
+    """
+    _choose(requests, True)
 
 
 def _drop(request: Request, bare: bool) -> None:

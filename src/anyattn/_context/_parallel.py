@@ -8,10 +8,10 @@ from typing import Any, cast
 from anyattn._context import _cost, _placement, _static
 from anyattn._context._agreement import side_group
 from anyattn._context._data import Capacity, Comm, Mask, Placement, Shape
-from anyattn._context._plan import ContextPlan, normal_mask
-from anyattn._context._plan_data import Memory, PlanData, check_features
+from anyattn._context._plan import ContextPlan, check_planned, normal_mask
+from anyattn._context._plan_data import Memory, PlanData
 from anyattn._context._search import Search
-from anyattn._context._topology import COMMS, Members, members_of, topology
+from anyattn._context._topology import COMMS, ON_FLAT_MESH, Members, Topology, members_of, number_of, topology
 from anyattn._errors import ContextError
 from anyattn._packing import Packing
 
@@ -28,7 +28,8 @@ class ContextParallel:
             as in a data-loader worker.
         comm: how keys and values meet the queries (docs/context-parallel.md): "p2p" (in stages around a ring, merged),
             "all_gather" (keys gathered), "a2a" (heads exchanged for sequence), "a2a+p2p" (both, on two dims), or
-            "auto": each plan takes the cheapest by its own estimate.
+            "auto": each plan takes the cheapest by its own estimate; for a packing of fixed capacity by that alone; on
+            a mesh of two dims always "a2a+p2p".
 
     Raises:
         ContextError: no such scheme, or a mesh that does not go with it.
@@ -46,6 +47,7 @@ class ContextParallel:
         if comm != "auto" and comm not in COMMS:
             raise ContextError(f"unknown comm {comm!r}; allowed: auto, {', '.join(COMMS)}")
         self.comm = comm
+        self._fixed: dict[Any, str] = {}  # what "auto" takes, by capacity
         self._members: Members = members_of(mesh_or_group)
         if comm != "auto":
             topology(cast("Comm", comm), self._members)
@@ -75,7 +77,7 @@ class ContextParallel:
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         head_dim_v: int | None = None,
-        features: Iterable[str] = (),
+        features: Iterable[str] | None = (),
         placement: str = "auto",
         pad_to_multiple_of: int = 1,
     ) -> ContextPlan:
@@ -84,7 +86,7 @@ class ContextParallel:
         Args:
             packing_or_seqlen: where the sequences of the whole batch lie; or one length, for unpadded 4-D tensors of
                 any batch size.
-            packing_kv: the same for the keys of cross-attention; default: the queries'.
+            packing_kv: the same for the keys of cross-attention; default: the queries', as is one that equals it.
             causal: as :func:`anyattn.attention`, but True by default.
             window: as :func:`anyattn.attention`.
             num_heads: query heads; comm="auto" takes "a2a" only where it is given and the ranks divide it.
@@ -92,7 +94,7 @@ class ContextParallel:
             head_dim: of q and k, for estimates; default 128.
             head_dim_v: of v; default: as head_dim.
             features: what the calls will ask that not every scheme can do, so that it is refused here and not at the
-                first call: any of "alibi", "bias", "dropout", "lse", "mask", "sink", "softcap".
+                first call: any of "alibi", "bias", "dropout", "lse", "mask", "sink", "softcap"; None: nothing.
             placement: "contiguous" (equal runs in order), "zigzag" (every sequence in 2 * ranks chunks, first and last
                 to the first rank: Transformer Engine's), "documents" (every sequence whole), or "auto" (long ones cut,
                 short ones whole, tokens and work level).
@@ -106,10 +108,13 @@ class ContextParallel:
         wanted = _features(features)
         if placement not in PLACEMENTS:
             raise ContextError(f"unknown placement {placement!r}; allowed: {', '.join(PLACEMENTS)}")
-        if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+        multiple = number_of(pad_to_multiple_of) or 0
+        if multiple < 1:
             raise ContextError(f"pad_to_multiple_of must be an int >= 1, got {pad_to_multiple_of!r}")
         lengths, memory, capacity = _read(packing_or_seqlen)
         keys = None if packing_kv is None else _read(packing_kv)
+        if keys == (lengths, memory, capacity):  # self-attention, said twice
+            keys = None
         if keys is not None and (len(keys[0]) != len(lengths) or keys[1].entries != memory.entries):
             raise ContextError(
                 f"queries and keys must have as many sequences, both packings or both lengths: got {len(lengths)} and "
@@ -120,11 +125,14 @@ class ContextParallel:
         comm: Any = self.comm
         search = Search(lengths, mask)
         if comm == "auto":
-            comm = self._choose(search, keys is not None, shape, given, wanted, capacity is not None)
+            if capacity is None:
+                comm = self._choose(search, keys is not None, shape, given, wanted, False)
+            else:
+                comm = self._choose_fixed(capacity, memory.rows, mask, shape, given, wanted)
         shares = topology(comm, self._members)
-        _check_heads(given, shares.heads)
+        _check_heads(given, shares)
         options: dict[str, Any] = {
-            "multiple": pad_to_multiple_of, "members": shares.heads, "shape": shape, "comm": comm,
+            "multiple": multiple, "members": shares.heads, "shape": shape, "comm": comm,
         }  # fmt: skip
         order: _placement.Order = "document" if comm in ("p2p", "a2a+p2p") else "local"
         if capacity is not None:
@@ -138,12 +146,12 @@ class ContextParallel:
         sanitize = any(isinstance(p, Packing) and p.sanitize for p in (packing_or_seqlen, packing_kv))
         if capacity is not None:
             kind = "in order" if comm == "a2a" else placement
-            queries = keys_at = _static.roomy(queries, memory.rows, shares.world, pad_to_multiple_of, kind)
+            queries = keys_at = _static.roomy(queries, memory.rows, shares.world, multiple, kind)
         data = PlanData(
             comm, shares, self.rank, mask, queries, keys_at, memory, memory_k, keys is not None, wished,
-            pad_to_multiple_of, shape, given, tuple(sorted(wanted)), sanitize, capacity,
+            multiple, shape, given, tuple(sorted(wanted)), sanitize, capacity,
         )  # fmt: skip
-        check_features(data, wanted)
+        check_planned(data)
         return ContextPlan(data, self._members)
 
     def bind(self, plan: ContextPlan) -> ContextPlan:
@@ -166,6 +174,16 @@ class ContextParallel:
                 f"the mesh has shape {self._members.shape}: make it for that shape"
             )
         return plan._bound(self._members)
+
+    def _choose_fixed(
+        self, capacity: Capacity, rows: int, mask: Mask, shape: Shape, given: Any, features: frozenset[str]
+    ) -> str:
+        """The same for a batch that fills a capacity: plans that refill one another have one scheme."""
+        key = (capacity, rows, mask, shape, given, features)
+        if key not in self._fixed:
+            search = Search(_static.fullest(capacity, rows), mask)
+            self._fixed[key] = self._choose(search, False, shape, given, features, True)
+        return self._fixed[key]
 
     def _choose(
         self,
@@ -190,12 +208,13 @@ class ContextParallel:
         return _cost.choose(search.lengths, self.size, search.mask, shape, gpu, allowed, search=search).comm
 
 
-def _shape(*given: Any) -> tuple[Shape, tuple[int | None, int | None, int | None, int | None]]:
+def _shape(*sizes: Any) -> tuple[Shape, tuple[int | None, int | None, int | None, int | None]]:
     """Sizes with their defaults, and as given."""
     names = ("num_heads", "num_kv_heads", "head_dim", "head_dim_v")
-    for name, value in zip(names, given, strict=True):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ContextError(f"{name} must be an int >= 1 or None, got {value!r}")
+    given = [number_of(size) for size in sizes]
+    for name, size, number in zip(names, sizes, given, strict=True):
+        if size is not None and (number is None or number < 1):
+            raise ContextError(f"{name} must be an int >= 1 or None, got {size!r}")
     heads, kv_heads, dim, dim_v = given
     if heads is None and kv_heads is not None:
         raise ContextError("num_kv_heads= needs num_heads= too")
@@ -212,19 +231,22 @@ def _shape(*given: Any) -> tuple[Shape, tuple[int | None, int | None, int | None
 
 
 def _features(given: Any) -> frozenset[str]:
-    names = frozenset((given,) if isinstance(given, str) else given)
-    unknown = sorted(map(str, names - set(FEATURES)))
+    if given is not None and not isinstance(given, Iterable):
+        raise ContextError(f"features must be names, of {', '.join(FEATURES)}; got {given!r}")
+    names = (given,) if isinstance(given, str) else tuple(given or ())
+    unknown = sorted({str(name) for name in names if name not in FEATURES})
     if unknown:
         raise ContextError(f"unknown features {', '.join(unknown)}; allowed: {', '.join(FEATURES)}")
-    return names
+    return frozenset(names)
 
 
 def _read(given: Any) -> tuple[tuple[int, ...], Memory, Capacity | None]:
     """(lengths, memory, capacity) of a packing or a plain length."""
-    if isinstance(given, int) and not isinstance(given, bool):
-        if given < 0:
-            raise ContextError(f"a sequence length must be >= 0, got {given}")
-        return (given,), Memory((0,), given, True), None
+    length = number_of(given)
+    if length is not None:
+        if length < 0:
+            raise ContextError(f"a sequence length must be >= 0, got {length}")
+        return (length,), Memory((0,), length, True), None
     if not isinstance(given, Packing):
         raise ContextError(f"a plan is made from a Packing or a length, got {type(given).__name__}")
     lengths, starts = given.host_lengths()
@@ -234,9 +256,9 @@ def _read(given: Any) -> tuple[tuple[int, ...], Memory, Capacity | None]:
     return lengths, Memory(starts, given.rows, False), capacity
 
 
-def _check_heads(given: tuple[int | None, ...], heads: int) -> None:
-    if given[0] is not None and given[0] % heads:
+def _check_heads(given: tuple[int | None, ...], shares: Topology) -> None:
+    if given[0] is not None and given[0] % shares.heads:
         raise ContextError(
-            f"{given[0]} query heads do not divide over the {heads} ranks that share heads: use comm='p2p' or "
-            "'all_gather', or as many ranks as divide them"
+            f"{given[0]} query heads do not divide over the {shares.heads} ranks that share heads: use comm='p2p' or "
+            f"'all_gather', or as many ranks as divide them{f'; {ON_FLAT_MESH}' if shares.sequence > 1 else ''}"
         )

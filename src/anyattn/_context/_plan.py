@@ -12,7 +12,7 @@ from anyattn._context import _agreement, _cost, _tables
 from anyattn._context._data import Mask
 from anyattn._context._plan_data import PlanData, check_features
 from anyattn._context._shards import Shards
-from anyattn._context._topology import Members
+from anyattn._context._topology import ON_FLAT_MESH, Members, number_of
 from anyattn._errors import ContextError
 
 if TYPE_CHECKING:
@@ -40,13 +40,16 @@ class _Keys(Shards):
         if plan is not None:
             plan._agree(failure)
 
+    def __reduce__(self) -> Any:
+        raise ContextError("plan.kv is a part of its plan: pickle or copy the plan, and take kv of that")
+
 
 class ContextPlan(Shards):
     """Where each token of a batch lives, which ranges of queries meet which keys, and what travels.
 
     Made by :meth:`ContextParallel.plan`, once per batch, from lengths alone; it is host data, and pickles. The shards
-    of all ranks have the same number of rows. A plan made without a group (in a data-loader worker) shards; for
-    attention and :meth:`unshard`, :meth:`ContextParallel.bind` connects it.
+    of all ranks have the same number of rows. A plan made without a group (in a data-loader worker), or pickled,
+    shards; for attention and :meth:`unshard`, :meth:`ContextParallel.bind` connects it. A copy has its plan's group.
 
     Example::
 
@@ -59,6 +62,8 @@ class ContextPlan(Shards):
     """
 
     def __init__(self, data: PlanData, members: Members | None) -> None:
+        if data.keys != data.queries and not data.cross:  # placed apart after the plan was made
+            data = replace(data, cross=True)
         super().__init__(data.queries, data.memory_q, data.rank, members)
         self._data = data
         self._agreed: set[Any] = set()
@@ -130,7 +135,7 @@ class ContextPlan(Shards):
         data = replace(
             self._data, mask=normal_mask(causal, window, self._data.queries.lengths == self._data.keys.lengths)
         )
-        check_features(data, frozenset(data.features))
+        check_planned(data)
         return ContextPlan(data, self._members)
 
     def _bound(self, members: Members) -> ContextPlan:
@@ -139,6 +144,8 @@ class ContextPlan(Shards):
 
     def copy_(self, other: ContextPlan) -> ContextPlan:
         """Refill this plan in place with another batch that fits its capacity, for captured CUDA graphs.
+
+        Tensors that were taken of this plan, ``position_ids`` and ``valid``, are refilled too.
 
         Args:
             other: a plan of the same capacity, scheme and ranks.
@@ -201,6 +208,14 @@ class ContextPlan(Shards):
         if None not in self._agreed:
             self._agree_on(failure=failure)
 
+    def __copy__(self) -> ContextPlan:
+        copied = ContextPlan(self._data, self._members)
+        copied._agreed |= self._agreed
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextPlan:
+        return self.__copy__()
+
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self._data}
 
@@ -216,11 +231,30 @@ def normal_mask(causal: Any, window: Any, equal_lengths: bool) -> Mask:
     """
     if causal not in (None, True, False, "top_left"):
         raise ContextError(f"causal must be True, False or 'top_left', got {causal!r}")
-    if window is not None and (
-        not isinstance(window, (tuple, list))
-        or len(window) != 2
-        or not all(n is None or (isinstance(n, int) and n >= 0) for n in window)
-    ):
-        raise ContextError(f"window must be (left, right), each an int >= 0 or None, got {window!r}")
-    mask = mask_of(causal, window)
+    sides = window
+    if window is not None:
+        sides = tuple(map(_side, window)) if isinstance(window, (tuple, list)) else ()
+        if len(sides) != 2 or -1 in sides:
+            raise ContextError(f"window must be (left, right), each an int >= 0 or None, got {window!r}")
+    mask = mask_of(causal, sides)
     return mask._replace(top_left=False) if equal_lengths else mask
+
+
+def _side(given: Any) -> int | None:
+    """Of a window; -1: no side."""
+    number = number_of(given)
+    return None if given is None else -1 if number is None or number < 0 else number
+
+
+def check_planned(data: PlanData) -> None:
+    """Refuse a plan whose scheme cannot do what it was made for.
+
+    Raises:
+        ContextError: with what to do instead.
+    """
+    try:
+        check_features(data, frozenset(data.features))
+    except ContextError as error:
+        if data.comm != "a2a+p2p" or not any(f"comm='{comm}'" in str(error) for comm in ("all_gather", "a2a")):
+            raise
+        raise ContextError(f"{error}; {ON_FLAT_MESH}") from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -11,9 +12,14 @@ from torch import Tensor
 from anyattn._context._data import Layout
 from anyattn._context._exchange import gather_rows
 from anyattn._context._plan_data import Memory
-from anyattn._context._topology import Members
+from anyattn._context._taking import as_bits, check_fill, taken
+from anyattn._context._topology import Members, number_of
 from anyattn._derived import in_graph_memory
-from anyattn._errors import ContextError, DtypeError, InvalidArgument, ShapeError
+from anyattn._errors import ContextError, InvalidArgument, ShapeError
+
+#: Plans by numbers that are no other's in this process: compiled code holds the number.
+by_handle: WeakValueDictionary[int, Shards] = WeakValueDictionary()
+_handles = itertools.count(2)  # the compiler takes 0 and 1 for constants
 
 
 class Shards:
@@ -21,6 +27,9 @@ class Shards:
 
     def __init__(self, layout: Layout, memory: Memory, rank: int, members: Members | None) -> None:
         self._layout, self._memory, self._rank, self._members = layout, memory, rank, members
+        self._handle = next(_handles)
+        by_handle[self._handle] = self
+        self._device = torch.device("cpu") if members is None else members.device
         self._indices: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
@@ -30,23 +39,35 @@ class Shards:
 
     @property
     def valid(self) -> Tensor:
-        """Bool (rows,): which of this rank's rows hold a token; on the device of the group."""
-        return self._index("mine", self._device) >= 0
+        """Bool (rows,): which of this rank's rows hold a token; on the device of the group.
+
+        The plan's own tensor, not to be written to; ``copy_`` refills it in place. Compiled code gets a copy.
+        """
+        return self._made("valid")
 
     @property
     def position_ids(self) -> Tensor:
-        """int64 (rows,): positions within the document, 0 at padding; on the device of the group."""
-        return self._index("positions", self._device)
+        """int64 (rows,): positions within the document, 0 at padding; on the device of the group.
 
-    @property
-    def _device(self) -> torch.device:
-        return torch.device("cpu") if self._members is None else self._members.device
+        The plan's own tensor, not to be written to; ``copy_`` refills it in place. Compiled code gets a copy.
+        """
+        return self._made("positions")
+
+    def _made(self, name: str) -> Tensor:
+        """An index on the device of the group."""
+        if torch.compiler.is_compiling():
+            from anyattn._context import _opaque
+
+            made: Tensor = _opaque.index(self, name, self._device)
+            return made
+        return self._index(name, self._device)
 
     def shard(self, x: Tensor, dim: int = 0, fill: float = 0) -> Tensor:
-        """This rank's rows of a batch that every rank holds whole.
+        """This rank's rows of a batch that every rank holds whole; the same tokens on all ranks.
 
         Args:
-            x: any dtype; dim counts the rows of the packing in memory, or the positions of a plain length.
+            x: any dtype; dim counts the rows of the packing in memory, or the positions of a plain length. Rows after
+                those of a packing are padding, as :func:`anyattn.attention` takes them to be: none is in any shard.
             dim: which dim counts rows.
             fill: what rows without a token get: -100 for labels.
 
@@ -55,14 +76,23 @@ class Shards:
 
         Raises:
             DtypeError: x's dtype cannot hold the fill.
+            InvalidArgument: fill is no number.
             ShapeError: dim has fewer rows than the packing, or another size than the plain length.
         """
+        if torch.compiler.is_compiling():
+            from anyattn._context import _opaque
+
+            mine: Tensor = _opaque.shard(self, x, dim, fill)
+            return mine
+        return self._shard(x, dim, fill)
+
+    def _shard(self, x: Tensor, dim: int, fill: float) -> Tensor:
         dim = self._dim(x, dim)
-        _check_fill("shard", x, fill)
+        check_fill("shard", x, fill)
         size, wanted = x.shape[dim], self._memory.rows
         if size < wanted or (self._memory.entries and size != wanted):
             raise self._misfit("shard", x, dim, f"the whole batch, {wanted} rows", wanted, "a shard already", self.rows)
-        return _take(x, dim, self._index("mine", x.device), fill)
+        return taken(x, dim, self._index("mine", x.device), fill)
 
     def unshard(self, x: Tensor, dim: int = 0, fill: float = 0) -> Tensor:
         """The whole batch in its original memory layout, from every rank's shard; all ranks call it.
@@ -73,16 +103,28 @@ class Shards:
             fill: what rows outside every sequence get.
 
         Returns:
-            x with the memory layout's rows in place of dim. In backward each rank takes the gradient of its own rows:
-            all ranks compute one value from the whole.
+            x with the memory layout's rows in place of dim. In backward each rank takes its own rows of the gradient,
+            and nothing is communicated: that is right where all ranks compute one loss, the same, from the whole. Where
+            a layer over the whole batch is followed by :meth:`shard`, each rank has a part of the loss, and so of the
+            gradient of every row: have the parts added up, by a hook on the whole that calls all_reduce
+            (docs/context-parallel.md has it).
 
         Raises:
             ContextError: the plan was made without a group: see :meth:`ContextParallel.bind`; or, where this is the
                 plan's first use, another rank's shard is wrong.
             DtypeError: x's dtype cannot hold the fill.
+            InvalidArgument: fill is no number.
             ShapeError: dim has another size than :attr:`rows`. Once the plan was used this is found on this rank alone:
                 the others wait for it as long as their group does.
         """
+        if torch.compiler.is_compiling():
+            from anyattn._context import _opaque
+
+            whole: Tensor = _opaque.unshard(self, x, dim, fill)
+            return whole
+        return self._unshard(x, dim, fill)
+
+    def _unshard(self, x: Tensor, dim: int, fill: float) -> Tensor:
         failure: InvalidArgument | None = None
         try:
             dim = self._shard_dim(x, dim, fill)
@@ -101,7 +143,7 @@ class Shards:
     def _shard_dim(self, x: Tensor, dim: int, fill: float) -> int:
         """The dim of this rank's rows, checked for unshard."""
         dim = self._dim(x, dim)
-        _check_fill("unshard", x, fill)
+        check_fill("unshard", x, fill)
         if x.shape[dim] != self.rows:
             given = "the whole batch", self._memory.rows
             raise self._misfit("unshard", x, dim, f"a shard, {self.rows} rows", self.rows, *given)
@@ -138,15 +180,19 @@ class Shards:
             index.copy_(_upload(getattr(self, f"_make_{name}")(), device), non_blocking=True)
 
     @staticmethod
-    def _dim(x: Tensor, dim: int) -> int:
+    def _dim(x: Tensor, dim: Any) -> int:
         if not isinstance(x, Tensor):
             raise ShapeError(f"x must be a tensor, got {type(x).__name__}")
-        if not -x.ndim <= dim < x.ndim:
-            raise ShapeError(f"dim {dim} is not one of a tensor of shape {tuple(x.shape)}")
-        return dim % x.ndim
+        place = number_of(dim)
+        if place is None or not -x.ndim <= place < x.ndim:
+            raise ShapeError(f"dim {dim!r} is not one of a tensor of shape {tuple(x.shape)}")
+        return place % x.ndim
 
     def _index(self, name: str, device: torch.device) -> Tensor:
-        """int64 rows on a device: "mine" and "positions" per row of the shard, "whole" per row in memory; -1: none."""
+        """On a device: int64 "mine" and "positions" and bool "valid" by rows of the shard, "whole" by rows in memory.
+
+        Where there is no token, "mine" and "whole" are -1.
+        """
         key = (name, device)
         if key not in self._indices:
             check_not_captured(device)
@@ -160,6 +206,9 @@ class Shards:
             first = self._memory.starts[document]
             index[row : row + end - begin] = torch.arange(first + begin, first + end, device="cpu")
         return index
+
+    def _make_valid(self) -> Tensor:
+        return self._make_mine() >= 0
 
     def _make_positions(self) -> Tensor:
         index = torch.zeros(self.rows, dtype=torch.int64, device="cpu")
@@ -181,8 +230,8 @@ class Shards:
         members = self._connected()
         rows = x.movedim(dim, 0)
         if members.groups is not None:
-            rows = gather_rows(members.groups[::-1], rows)
-        return _take(rows, 0, self._index("whole", x.device), fill).movedim(0, dim)
+            rows = gather_rows(members.groups[::-1], as_bits(rows)).view(x.dtype)
+        return taken(rows, 0, self._index("whole", x.device), fill).movedim(0, dim)
 
     def _own_rows(self, device: torch.device) -> Tensor:
         """int64 (rows,): where this rank's rows lie in memory; -1 for those without a token."""
@@ -200,31 +249,7 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (mine,) = ctx.saved_tensors
-        return _take(grad, ctx.dim, mine, 0), None, None, None
-
-
-def _check_fill(call: str, x: Tensor, fill: float) -> None:
-    """Refuse a fill that would come out as another number.
-
-    Raises:
-        DtypeError: it would.
-    """
-    dtype = x.dtype
-    if fill == 0 or dtype.is_complex:
-        return
-    if dtype == torch.bool:
-        fits, held = fill == 1, "False and True"
-    elif dtype.is_floating_point:
-        most = torch.finfo(dtype).max
-        fits, held = not math.isfinite(fill) or abs(fill) <= most, f"numbers up to {most:g}"
-    else:
-        info = torch.iinfo(dtype)
-        fits = math.isfinite(fill) and fill == int(fill) and info.min <= fill <= info.max
-        held = f"ints from {info.min} to {info.max}"
-    if not fits:
-        raise DtypeError(
-            f"{call}: fill={fill!r} and x of dtype {dtype}, which holds {held}: convert x, or fill with one"
-        )
+        return taken(grad, ctx.dim, mine, 0), None, None, None
 
 
 def check_not_captured(device: torch.device) -> None:
@@ -237,18 +262,6 @@ def check_not_captured(device: torch.device) -> None:
         raise ContextError(
             "a plan's first use cannot be captured in a CUDA graph: run the step once before, uncaptured"
         )
-
-
-def _take(x: Tensor, dim: int, index: Tensor, fill: float) -> Tensor:
-    """Rows of x by index along dim; ``fill`` where it is -1."""
-    shape = [1] * x.ndim
-    shape[dim] = -1
-    missing = (index < 0).view(shape)
-    if x.shape[dim] == 0:  # every row is missing; the result still belongs to x's graph
-        size = list(x.shape)
-        size[dim] = index.numel()
-        return torch.cat([x, x.new_full(size, fill)], dim)
-    return x.index_select(dim, index.clamp(min=0)).masked_fill(missing, fill)
 
 
 def _upload(x: Tensor, device: torch.device) -> Tensor:

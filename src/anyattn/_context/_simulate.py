@@ -6,18 +6,21 @@ seconds, and where they depend on all ranks, calls and bytes too (``_estimate``)
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import NamedTuple
 
+import torch
+
 from anyattn._context import _cost, _placement
-from anyattn._context._data import Comm, Layout, Mask, Shape
+from anyattn._context._data import Comm, KernelCall, Layout, Mask, Shape, Stage
 from anyattn._context._estimate import Estimate
 from anyattn._context._gpu import Gpu
+from anyattn._context._heads import HeadShares
+from anyattn._context._indices import are_apart
+from anyattn._context._loads import loads
 from anyattn._context._parallel import ContextParallel
 from anyattn._context._plan import ContextPlan, normal_mask
-from anyattn._context._plan_data import PlanData, check_features
+from anyattn._context._plan_data import PlanData
 from anyattn._errors import ContextError
 from anyattn._packing import Packing
 
@@ -84,46 +87,174 @@ def busiest(data: PlanData) -> int:
     return areas.index(max(areas))
 
 
-def whole_and_cut(layout: Layout) -> tuple[int, int]:
-    """How many documents lie whole on one rank, and how many are cut; empty ones are neither."""
-    holders: dict[int, set[int]] = {}
-    for rank, pieces in enumerate(layout.pieces):
-        for piece in pieces:
-            holders.setdefault(piece.document, set()).add(rank)
-    cut = sum(1 for ranks in holders.values() if len(ranks) > 1)
-    return len(holders) - cut, cut
+# ---- memory
+
+_MOST_UNITS = 16
+_OF_MANY = 4
 
 
-# ---- what other schemes would do
+class Memory(NamedTuple):
+    """Bytes held at once beside inputs, outputs and gradients of a call; without the kernel's own workspace."""
+
+    keys: int = 0
+    """Key buffers in use and on their way, and gradients of keys on their way."""
+    results: int = 0
+    """What kernels return and is not in its place yet, its sums in float32, and lse, kept for backward."""
+    exchanged: int = 0
+    """q, k, v, out and their gradients, where heads are exchanged."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.keys + self.results + self.exchanged
 
 
-def refusal(data: PlanData, comm: Comm) -> str:
-    """Why a scheme cannot serve this batch on these ranks; empty if it can."""
-    if comm == "a2a+p2p" and data.comm != comm:
-        return "it needs ranks in two dims: a mesh of (p2p, a2a)"
-    shared = {"a2a": data.topology.world, "a2a+p2p": data.topology.heads}.get(comm, 1)
-    if data.shape.num_heads % shared:
-        assumed = "" if data.given[0] is not None else " (assumed: num_heads= was not given)"
-        return f"{data.shape.num_heads} query heads{assumed} do not divide over {shared} ranks"
-    try:
-        check_features(replace(data, comm=comm), frozenset(data.features))
-    except ContextError as error:
-        return str(error)
-    return ""
+class _Flow(NamedTuple):
+    """Rows of a stage: of the key buffer, of what travels, and of what the kernel calls return."""
+
+    rows: int = 0
+    received: int = 0
+    sent: int = 0
+    own: int = 0
+    """Of this rank itself, in the key buffer."""
+    ordered: bool = False
+    """The key buffer is a copy of what was received."""
+    q: int = 0
+    k: int = 0
 
 
-def alternatives(data: PlanData, gpu: Gpu) -> tuple[dict[Comm, Estimate], dict[Comm, str]]:
-    """Estimates of all schemes that can serve the batch, each with its best placement; and why others cannot."""
-    reasons = {comm: refusal(data, comm) for comm in _cost.PREFERRED}
-    refused = {comm: why for comm, why in reasons.items() if why and comm != data.comm}
-    allowed = [comm for comm, why in reasons.items() if not why]
-    if not allowed:  # this plan's own heads are assumed ones that its ranks do not divide
-        return {}, refused
-    choice = _cost.choose(
-        data.queries.lengths, data.topology.world, data.mask, data.shape, gpu, allowed,
-        members=data.topology.heads if data.comm == "a2a+p2p" else 1, keys=_keys(data),
+def _flow(stage: Stage, place: int) -> _Flow:
+    own = stage.receive[place] if stage.receive else 0
+    sent = sum(run.rows for rank, runs in enumerate(stage.send) if rank != place for run in runs)
+    spans = [_spans(call) for call in stage.calls]
+    q, k = (sum(end - begin for begin, end in side) for side in zip(*spans, strict=True)) if spans else (0, 0)
+    return _Flow(stage.rows, sum(stage.receive) - own, sent, own, bool(own or stage.order), q, k)
+
+
+def _spans(call: KernelCall) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The rows of queries and of keys that a kernel gets."""
+    first, last = call.entries[0], call.entries[-1]
+    return (first.q, last.q + last.len_q), (first.k, last.k + last.len_k)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a rank's schedule holds, heads being exchanged already: the order of ``_schedule`` and ``_backward``.
+
+    The most of a forward and of its backward, of results that are merged in float32 (``_Sums``, ``_Merged``), or of
+    those that are put in their places (``_InPlace``, ``_Parts``, ``_Gathered``).
+    """
+
+    flows: tuple[_Flow, ...]
+    """The local stage's, then those of remote ones."""
+    groups: int
+    keep: bool
+    """Keys that are fetched stay for backward."""
+    rows: tuple[int, int]
+    """Of queries and keys."""
+    widths: tuple[int, int, int]
+    """Bytes of one group of heads in a row of queries, of keys and values, and of out."""
+    wide: int
+    """How many times as large as a result its sum is."""
+    loose: tuple[bool, bool]
+    """Kernels cannot write gradients of queries, and local ones those of keys, where they belong."""
+
+    def merged(self) -> list[Memory]:
+        """Both directions; in the first group of heads nothing of another one is under way, in the next all is."""
+        (q, kv, out), (local, *remote) = self.widths, self.flows
+        sums = self.wide * self.rows[0] * out
+        kept = sum(flow.rows for flow in remote) * kv * self.groups if self.keep else 0
+        travel = [(flow.received + flow.sent) * kv for flow in remote]
+        again = travel[0] if remote and self.groups > 1 else 0
+        earlier = kept * (self.groups - 1) // self.groups
+        found = [
+            Memory(max(travel[:1], default=0), sums + local.q * out),
+            Memory(again + earlier, sums * min(2, self.groups) + local.q * out),
+        ]
+        sums = self.wide * (self.rows[0] * q + self.rows[1] * kv)
+        before = 0
+        for flow, following in zip(remote, (*travel[1:], again), strict=False):
+            buffer = flow.rows * kv
+            found.append(Memory(max(buffer, kept) + following, self.wide * self.rows[0] * out + flow.q * out))
+            owing = flow.received * kv + max(before, (flow.sent + flow.own) * kv)
+            held = kept if self.keep else buffer + following
+            found.append(Memory(held + owing, sums + flow.q * q + flow.k * kv))
+            before = (flow.received + flow.sent + flow.own) * kv
+        held = before + (kept if self.keep else again)
+        return [*found, Memory(held, sums + local.q * q + local.k * kv)]
+
+    def placed(self) -> list[Memory]:
+        """Both directions. There is one remote stage at most."""
+        (q, kv, out), (local, far) = self.widths, (*self.flows, _Flow())[:2]
+        kept = far.rows * kv * self.groups if self.keep else 0
+        own = self.loose[0] * local.q * q + self.loose[1] * local.k * kv
+        home = (far.sent + far.own) * kv
+        found = []
+        for group in range(self.groups):
+            following = (far.received + far.sent) * kv if group + 1 < self.groups else 0
+            outs = self.loose[0] * out * (self.groups * local.q + (group + 1) * far.q)
+            arriving = (far.rows + far.ordered * far.received) * kv
+            found.append(Memory(max(kept, arriving) + following, outs))
+            held = kept if self.keep else far.rows * kv + following
+            owing = far.received * kv + max(home + far.received * kv if group else 0, home)
+            early, parts = (home * max(0, group - 1), group + 1) if self.keep else (0, 1)
+            others = 0 if self.keep else own * (self.groups - 1)
+            found.append(Memory(held + owing + early, others + (self.loose[0] * far.q * q) * parts + far.k * kv))
+        whole = self.groups if self.keep else 1  # the local stage is one part then, and the last
+        late = Memory(kept + home * whole + far.received * kv, (own + self.loose[0] * far.q * q) * whole)
+        return [*found, late]
+
+
+def memory_of(plan: ContextPlan, rank: int) -> Memory:
+    """The most that a rank holds in a forward and its backward, with a kernel that writes results where it is told."""
+    from anyattn._context import _door  # a mistake in arguments is told without it
+
+    data, shape = plan._data, plan._data.shape
+    members, place = data.topology.heads, rank // data.topology.heads
+    share = HeadShares(members, shape.num_heads, shape.num_kv_heads)
+    stages, both = data.stages_of(rank, alibi=False), shape.head_dim + shape.head_dim_v
+    groups = 1 if members > 1 else _door._groups(plan, 1, *_tensors(shape))
+    per_row = share.heads * shape.head_dim, share.slots * both, share.heads * shape.head_dim_v
+    q, kv, out = (size * shape.itemsize for size in per_row)
+    inner = data.inner[0].rows, data.inner[1].rows
+    spans = [[_spans(call) for call in stage.calls] for stage in stages.stages]
+    loose = not are_apart([s[0] for of in spans for s in of]), not are_apart([s[1] for s in spans[0]])
+    held = _Held(
+        tuple(_flow(stage, place) for stage in stages.stages), groups, _keeps(data), inner,
+        (q // groups, kv // groups, out // groups), max(4, shape.itemsize) // shape.itemsize, loose,
     )  # fmt: skip
-    return choice.estimates, refused
+    lse = inner[0] * share.heads * 4
+    direct = len(spans) == 1 and len(spans[0]) == 1  # one kernel call on all rows, as they are
+    found = [Memory()] if direct else held.placed() if stages.exclusive else held.merged()
+    found = [memory._replace(results=memory.results + lse) for memory in found]
+    if members > 1:  # what is sent, what arrives, and a copy where rows are not in order
+        copies = 2 + (data._united[0][1][place] is not None)
+        inputs, answer = inner[0] * q + inner[1] * kv, inner[0] * out
+        again = 0 if share.plain else data.keys.rows * shape.num_kv_heads * both * 4
+        forward = copies * inputs + answer
+        backward = inputs + answer + copies * answer + inputs + again
+        found = [memory._replace(exchanged=max(forward, backward)) for memory in found]
+        found += [Memory(0, lse, forward + (copies - 1) * answer), Memory(0, lse, backward + 2 * inputs)]
+    return max(found, key=lambda memory: memory.total)
+
+
+def _tensors(shape: Shape) -> list[torch.Tensor]:
+    """q, k and v of a row, without values."""
+    keys = shape.num_kv_heads
+    sizes = (shape.num_heads, shape.head_dim), (keys, shape.head_dim), (keys, shape.head_dim_v)
+    return [torch.empty(1, 1, heads, dim, device="meta") for heads, dim in sizes]
+
+
+def most_memory(plan: ContextPlan) -> Memory:
+    """That of the rank that holds most: of all up to 16, of more the busiest and those whose keys travel most."""
+    data = plan._data
+    members = data.topology.heads
+    units = loads(data.queries, data.mask, members, _keys(data))
+    looked_at = sorted(range(len(units)), key=lambda unit: -(units[unit].received + units[unit].sent))
+    if len(units) > _MOST_UNITS:
+        looked_at = looked_at[:_OF_MANY]
+    found = (memory_of(plan, rank) for rank in {busiest(data), *(unit * members for unit in looked_at)})
+    return max(found, key=lambda memory: memory.total)
 
 
 # ---- many ranks
@@ -178,6 +309,8 @@ class Scheme:
     plan: ContextPlan
     estimate: Estimate
     busiest: RankFacts
+    memory: Memory
+    """Of the rank that holds most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +353,7 @@ def simulate(batch: Batch, machine: Machine, comm: str = "auto") -> Simulation:
             refused[each] = str(error)
             continue
         data, gpu = plan._data, machine.gpu_for(each)
-        schemes[each] = Scheme(plan, estimate(data, gpu), facts_of(data, busiest(data), gpu))
+        schemes[each] = Scheme(plan, estimate(data, gpu), facts_of(data, busiest(data), gpu), most_memory(plan))
     if not schemes:
         raise ContextError("no scheme can serve this batch: " + "; ".join(sorted(set(refused.values()))))
     chosen = min(schemes, key=lambda c: schemes[c].estimate.forward + schemes[c].estimate.backward)
@@ -273,47 +406,3 @@ def _alone(batch: Batch, gpu: Gpu) -> float:
     layout = _placement.place(batch.lengths, 1, batch.mask)
     cost = _cost.quick(layout, batch.mask, "all_gather", batch.shape, gpu)
     return cost.forward + cost.backward
-
-
-# ---- where a token lies
-
-
-class Owners:
-    """Documents, positions and ranks of the tokens of a batch, by their number in it."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.lengths = layout.lengths
-        self.starts = [0, *accumulate(layout.lengths)]
-        spans = sorted((self.starts[d] + b, r) for r, own in enumerate(layout.pieces) for d, b, _, _ in own)
-        self._begins, self._ranks = [b for b, _ in spans], [r for _, r in spans]
-
-    def at(self, token: int) -> tuple[int, int, int]:
-        """(document, position, rank)."""
-        document = bisect_right(self.starts, token) - 1
-        return document, token - self.starts[document], self._ranks[bisect_right(self._begins, token) - 1]
-
-
-def sampled(data: PlanData, rows: int, columns: int) -> list[tuple[int, list[int | None]]]:
-    """A coarse picture of which queries see which keys: per row the rank of its query, and the ranks of the keys seen.
-
-    Looks at one token in the middle of each row and column; None: the query does not see that key.
-    """
-    queries = Owners(data.queries)
-    keys = queries if data.keys is data.queries else Owners(data.keys)
-    total_q, total_k = queries.starts[-1], keys.starts[-1]
-    if not total_q or not total_k:
-        return []
-    ends = [keys.at((2 * c + 1) * total_k // (2 * columns)) for c in range(columns)]
-    picture = []
-    for r in range(rows):
-        document, position, rank = queries.at((2 * r + 1) * total_q // (2 * rows))
-        n, m = queries.lengths[document], keys.lengths[document]
-        here = position + (0 if data.mask.top_left else m - n)
-        cells = [owner if d == document and _sees(data.mask, k - here) else None for d, k, owner in ends]
-        picture.append((rank, cells))
-    return picture
-
-
-def _sees(mask: Mask, distance: int) -> bool:
-    """Whether a query sees a key at this distance from its own position."""
-    return (mask.left is None or -distance <= mask.left) and (mask.right is None or distance <= mask.right)

@@ -12,10 +12,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from anyattn._context import _geometry
-from anyattn._context._data import Comm, Entry, KernelCall, Layout, Mask, Piece, Placement, RankPlan, Run, Stage
+from anyattn._context._data import Capacity, Comm, Entry, KernelCall, Layout, Mask, Piece, RankPlan, Run, Stage
 from anyattn._errors import ContextError
 
 if TYPE_CHECKING:
+    from anyattn._context._data import Placement
     from anyattn._context._plan import ContextPlan
 
 #: Pieces of a document on a rank, and so calls.
@@ -78,6 +79,17 @@ def _in_order(lengths: tuple[int, ...], rows: int, ranks: int) -> Layout:
             at += end - begin
             begin = end
     return Layout(lengths, tuple(map(tuple, pieces)), rows)
+
+
+def fullest(capacity: Capacity, rows: int) -> tuple[int, ...]:
+    """The lengths of a batch that fills a capacity with the longest sequences it takes.
+
+    By these ``comm="auto"`` chooses, so that plans which refill one another have one scheme.
+    """
+    longest = max(1, min(capacity.max_seqlen, rows))
+    whole = min(capacity.sequences, rows // longest)
+    rest = (rows - whole * longest,) if whole < capacity.sequences else ()
+    return (longest,) * whole + rest
 
 
 def stages(layout: Layout, mask: Mask, rank: int) -> RankPlan:
@@ -154,7 +166,13 @@ def refill(plan: ContextPlan, other: ContextPlan) -> None:
             "copy_ refills plans of fixed capacity: make the plan from Packing.from_lengths(..., max_sequences=..., "
             "max_rows=..., max_seqlen=...)"
         )
-    for name in ("comm", "topology", "rank", "mask", "capacity", "placement", "multiple", "sanitize"):
+    if mine.comm != theirs.comm:
+        raise ContextError(
+            f"copy_: the other plan's comm is {theirs.comm!r}, this plan's is {mine.comm!r}: make all plans of a fixed "
+            "capacity by one ContextParallel, with the same num_heads=; or name the scheme, as in "
+            f"ContextParallel(..., comm={mine.comm!r})"
+        )
+    for name in ("topology", "rank", "mask", "capacity", "placement", "multiple", "sanitize"):
         if getattr(mine, name) != getattr(theirs, name):
             raise ContextError(f"copy_: {name} is {getattr(theirs, name)}, this plan's is {getattr(mine, name)}")
     if (mine.queries.rows, mine.memory_q.rows) != (theirs.queries.rows, theirs.memory_q.rows):

@@ -42,6 +42,8 @@ class CallTables:
     """No call before has a query row of this one."""
     key_positions: tuple[int, int] | None = None
     """For terms over (seq_q, seq_k): the positions of the keys that the call sees."""
+    even: int | None = None
+    """So many sequences, all alike, fill both sides: tensors may be 4-D. None in plans that are not from a length."""
     serial: int = field(default_factory=count().__next__)
     """Tells it from all others: for what is settled once per call."""
 
@@ -333,7 +335,15 @@ def _call(call: KernelCall, frame: _Frame, rows_k: int, up: Upload) -> CallTable
         up.add(q_rows[:, None]),
         frame.take(rows),
         _key_positions(call.entries[0], frame) if frame.dense else None,
+        _even(call.entries, q, k) if frame.data.memory_q.entries and not frame.dense else None,
     )
+
+
+def _even(entries: Sequence[Entry], q: tuple[int, int], k: tuple[int, int]) -> int | None:
+    """How many entries there are, if they are of one size and fill these rows."""
+    count, (_, len_q, _, len_k) = len(entries), entries[0]
+    alike = all(e == (q[0] + i * len_q, len_q, k[0] + i * len_k, len_k) for i, e in enumerate(entries))
+    return count if alike and (q[1] - q[0], k[1] - k[0]) == (count * len_q, count * len_k) else None
 
 
 def _key_positions(entry: Entry, frame: _Frame) -> tuple[int, int]:

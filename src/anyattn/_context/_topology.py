@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,9 @@ from anyattn._errors import ContextError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+#: What to add where a two-dimensional mesh is told to use a scheme of one.
+ON_FLAT_MESH = "that scheme takes the mesh flattened: ContextParallel(mesh._flatten(), comm=...)"
 
 COMMS: tuple[Comm, ...] = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
@@ -62,6 +66,16 @@ class Members:
         return total
 
 
+def number_of(given: Any) -> int | None:
+    """An int, of Python or of another library such as numpy; None for all else, a bool or a tensor too."""
+    if isinstance(given, (bool, torch.Tensor)):
+        return None
+    try:
+        return operator.index(given)
+    except TypeError:
+        return None
+
+
 def topology(comm: Comm, members: Members) -> Topology:
     """How a scheme uses the ranks.
 
@@ -96,6 +110,11 @@ def members_of(mesh_or_group: Any) -> Members:
         return _of_numbers(mesh_or_group)
     if isinstance(mesh_or_group, dist.ProcessGroup):
         return _of_group(mesh_or_group)
+    if mesh_or_group is None or mesh_or_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ContextError(
+            f"this process is not a member of the group: torch.distributed.new_group gave it {mesh_or_group!r} where "
+            "members get a ProcessGroup; make ContextParallel on the members only"
+        )
     raise ContextError(
         "ContextParallel takes a DeviceMesh, a ProcessGroup, or (world_size, rank) to make plans without a group; got "
         f"{type(mesh_or_group).__name__}"
@@ -107,6 +126,10 @@ def _of_mesh(mesh: DeviceMesh) -> Members:
         raise ContextError(
             f"the mesh has {mesh.ndim} dims; context parallelism takes one, or two for a2a+p2p: pass a sub-mesh, such "
             "as mesh['cp']"
+        )
+    if mesh.get_coordinate() is None:
+        raise ContextError(
+            f"this process is not a member of the mesh {mesh.mesh.tolist()}: make ContextParallel on its members only"
         )
     order = [0] if mesh.ndim == 1 else _two_dims(mesh.mesh_dim_names)
     shape = tuple(mesh.size(i) for i in order)
@@ -140,18 +163,14 @@ def _two_dims(names: tuple[str, ...] | None) -> list[int]:
 
 def _of_numbers(given: tuple[Any, ...]) -> Members:
     world, rank = given if len(given) == 2 else (None, None)
-    shape = (world,) if isinstance(world, int) else world
-    if (
-        not isinstance(rank, int)
-        or not isinstance(shape, tuple)
-        or len(shape) not in (1, 2)
-        or not all(isinstance(n, int) and n > 0 for n in shape)
-    ):
+    place = number_of(rank)
+    shape = tuple(number_of(n) or 0 for n in (world if isinstance(world, tuple) else (world,)))
+    if place is None or len(shape) not in (1, 2) or min(shape) < 1:
         raise ContextError(
             f"without a group, ContextParallel takes (world_size, rank), or ((p2p_size, a2a_size), rank); got {given!r}"
         )
-    members = Members(shape, rank, None, torch.device("cpu"))
-    if not 0 <= rank < members.world:
+    members = Members(shape, place, None, torch.device("cpu"))
+    if not 0 <= place < members.world:
         raise ContextError(f"rank must be in 0 to {members.world - 1}, got {rank}")
     return members
 

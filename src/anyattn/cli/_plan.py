@@ -13,7 +13,7 @@ from rich.text import Text
 
 from anyattn._context import _explain as words
 from anyattn._context import _lengths, _simulate
-from anyattn._context._data import Entry, Shape, Stage
+from anyattn._context._data import Comm, Entry, Shape, Stage
 from anyattn._context._explain import counted
 from anyattn._context._gpu import GPUS
 from anyattn._context._parallel import PLACEMENTS
@@ -21,7 +21,7 @@ from anyattn._context._plan_data import PlanData
 from anyattn._context._simulate import Batch, Machine, Scheme, Simulation
 from anyattn._context._topology import COMMS
 from anyattn._environment import module_exists
-from anyattn._errors import InvalidArgument, MissingExtra
+from anyattn._errors import ContextError, InvalidArgument, MissingExtra
 from anyattn.cli import _render
 from anyattn.cli._explain import _pair, _window
 
@@ -81,28 +81,40 @@ def _machine(ranks: str, gpu: str, per_node: str, network: str | None, hierarchi
 
 
 def _schemes(found: Simulation, batch: Batch) -> Any:
-    head = (
-        "scheme", "imbalance", "received forward", "backward", "predicted forward", "backward", "tokens/s",
-        "of perfect", "calls", "",
-    )  # fmt: skip
-    rows: list[tuple[str, ...]] = []
-    for comm, scheme in found.schemes.items():
-        cost = scheme.estimate
-        rows.append(
-            (
-                comm,
-                f"{scheme.plan.imbalance:.3f}",
-                words.mib(cost.bytes_forward),
-                words.mib(cost.bytes_backward),
-                words.ms(cost.forward),
-                words.ms(cost.backward),
-                f"{_pace(batch, scheme):,.0f}",
-                f"{found.share(comm):.2f}",
-                str(cost.calls),
-                "chosen" if comm == found.chosen else "",
-            )
-        )
-    return _render.table(head, rows)
+    """A column per scheme: the words beside the figures say what they are of."""
+    columns = [_figures(found, batch, comm) for comm in found.schemes]
+    head = ("", *(f"{comm}, chosen" if comm == found.chosen else comm for comm in found.schemes))
+    rows = zip(("imbalance", *_MOST, *_SLOWEST), *columns, strict=True)
+    by_heads = any(scheme.memory.exchanged for scheme in found.schemes.values())
+    return _render.table(head, [row for row in rows if by_heads or row[0] != _EXCHANGED])
+
+
+_EXCHANGED = "  heads exchanged: q, k, v, out, gradients"
+_MOST = (
+    "most of any rank: received, forward",
+    "most of any rank: received, backward",
+    "most of any rank: kernel calls, forward",
+    "most of any rank: extra memory, namely",
+    "  keys of other ranks, and their gradients",
+    "  partial results, and float32 sums of them",
+    _EXCHANGED,
+)
+_SLOWEST = (
+    "slowest rank: predicted, forward",
+    "slowest rank: predicted, backward",
+    "tokens/s, this layer's attention",
+    "efficiency",
+)
+
+
+def _figures(found: Simulation, batch: Batch, comm: Comm) -> tuple[str, ...]:
+    """Of one scheme, as they are named there."""
+    scheme = found.schemes[comm]
+    cost, memory = scheme.estimate, scheme.memory
+    moved, held = (cost.bytes_forward, cost.bytes_backward), (memory.total, *memory)
+    seconds, last = (cost.forward, cost.backward), (f"{_pace(batch, scheme):,.0f}", f"{found.share(comm):.2f}")
+    first = f"{scheme.plan.imbalance:.3f}", *map(words.mib, moved), str(cost.calls)
+    return *first, *map(words.mib, held), *map(words.ms, seconds), *last
 
 
 def _pace(batch: Batch, scheme: Scheme) -> float:
@@ -112,47 +124,80 @@ def _pace(batch: Batch, scheme: Scheme) -> float:
 
 
 def _said(batch: Batch, machine: Machine, seed: int) -> list[str]:
-    shape, lengths = batch.shape, batch.lengths
-    total = sum(lengths)
-    mask = words.mask_words(batch.mask)
+    shape, lengths, mask = batch.shape, batch.lengths, words.mask_words(batch.mask)
     lines = [
-        f"{counted(len(lengths), 'sequence')}, {counted(total, 'token')} (longest {max(lengths, default=0):,}, seed "
-        f"{seed}), {mask}, heads {shape.num_heads}/{shape.num_kv_heads}, head_dim {shape.head_dim}/{shape.head_dim_v}, "
-        f"placement {batch.placement}, on {machine.ranks} x {machine.gpu.name}.",
+        f"{counted(len(lengths), 'sequence')}, {counted(sum(lengths), 'token')} (longest {max(lengths, default=0):,}, "
+        f"seed {seed}), {mask}, heads {shape.num_heads}/{shape.num_kv_heads}, head_dim "
+        f"{shape.head_dim}/{shape.head_dim_v}, placement {batch.placement}, on {machine.ranks} x {machine.gpu.name}.",
     ]
     if machine.several_hosts:
         lines.append(
             f"{counted(machine.per_host, 'GPU')} a host. Between hosts a GPU receives {machine.network / 1e9:g} GB/s: "
-            "given by --network, else assumed (400 Gbit/s), not measured. What crosses hosts in part counts as "
-            "crossing whole."
+            "given by --network, else assumed (400 Gbit/s), not measured. An exchange among ranks of several hosts is "
+            "timed as if all that it brings came from other hosts, though part of it comes from the same one."
         )
     return lines
 
 
-def _notes(found: Simulation, machine: Machine) -> list[str]:
-    scheme = found.schemes[found.chosen]
-    lines = [
-        "Exact, from the plans: imbalance and rows of all ranks; calls, pairs and bytes of the rank shown below, from "
-        f"its own stages. Estimated: seconds, and calls and bytes of the others. Figures of {machine.gpu.name}: "
-        f"{machine.gpu.source}.",
-        "Predicted is one layer's attention. Of perfect: one GPU's predicted time for the whole batch, divided by the "
-        "ranks, over this.",
+def _legend(found: Simulation, machine: Machine) -> list[str]:
+    """What the names in the table mean, a line each."""
+    gpu = machine.gpu
+    return [
+        "imbalance: pairs of a query and a key that it sees, of the rank with most, over the mean; 1.000 is even.",
+        "received: keys, values and gradients that come from other ranks, and what an exchange of heads brings.",
+        "kernel calls: over all stages and groups of heads.",
+        "extra memory: most held at once in a forward and its backward, beside inputs, outputs and their gradients. "
+        "Not counted: the kernel's own workspace. Of more than 16 ranks, those whose keys travel most are looked at.",
+        "predicted: seconds of one layer's attention; nothing else of a model is in it.",
+        "tokens/s, this layer's attention: the batch's tokens over those seconds, forward and backward together.",
+        "efficiency: one GPU's predicted seconds for the whole batch, over the slowest rank's times the number of "
+        "ranks; 1.00 is a perfect division.",
+        "Exact, from the plans: imbalance, the rows of every rank, and the rank shown below. All else is estimated. "
+        f"Figures of {gpu.name}: {gpu.source}.",
     ]
-    if found.auto and found.auto != found.chosen:
+
+
+def _notes(found: Simulation, batch: Batch, machine: Machine, comm: str) -> list[str]:
+    """What to do about it."""
+    scheme = found.schemes[found.chosen]
+    lines = _two_dims(found, batch, machine) if comm == "auto" else []
+    if found.auto and found.auto != found.chosen and machine.hierarchical:
+        lines.append(
+            f"On this mesh of two dims ContextParallel(comm='auto') takes {found.auto}. To have {found.chosen}, pass "
+            f"comm={found.chosen!r} on the flattened mesh: ContextParallel(mesh._flatten(), comm={found.chosen!r})."
+        )
+    elif found.auto and found.auto != found.chosen:
         lines.append(
             f"ContextParallel(comm='auto') takes {found.auto}: it decides by the figures of h200 within one host. Pass "
             f"comm={found.chosen!r} to have {found.chosen}."
         )
-    if scheme.plan.imbalance > 1.05 and found.schemes[found.chosen].plan._data.placement != "auto":
+    if scheme.plan.imbalance > 1.05 and batch.placement != "auto":
         lines.append("placement='auto' levels work and tokens.")
     return lines
+
+
+def _two_dims(found: Simulation, batch: Batch, machine: Machine) -> list[str]:
+    """What a2a+p2p would do on the same hosts, where it was not asked for and they can be laid out so."""
+    if machine.hierarchical or not machine.several_hosts or machine.ranks % machine.per_host:
+        return []
+    try:
+        other = _simulate.simulate(batch, dataclasses.replace(machine, hierarchical=True), "a2a+p2p")
+    except ContextError:  # its heads do not divide over a host's ranks
+        return []
+    share, here = other.share("a2a+p2p"), found.share(found.chosen)
+    cost = other.schemes["a2a+p2p"].estimate
+    return [
+        "Not in the table, --hierarchical shows it: a2a+p2p, heads divided within a host and the sequence over hosts, "
+        f"by a mesh of two dims: efficiency {share:.2f} against {here:.2f} of {found.chosen}, "
+        f"{words.ms(cost.forward)} forward, {words.ms(cost.backward)} backward."
+    ]
 
 
 def _entries(data: PlanData) -> list[Any]:
     """Which queries meet which keys: coarse, over all ranks, where a digit can name a rank."""
     if data.topology.world > len(_DIGITS):
         return []
-    picture = _simulate.sampled(data, *_GRID)
+    picture = words.sampled(data, *_GRID)
     if not picture:
         return []
     lines: list[Any] = [
@@ -185,10 +230,11 @@ def _busiest(scheme: Scheme) -> list[Any]:
         shown.append(("...", f"{len(rows) - len(shown)} more", "", ""))
     head = ("stage", "key rows", "window", "entries: query rows x key rows of the stage, bottom-right")
     return [
-        _render.heading(f"{data.comm}: rank {facts.rank}, the busiest"),
-        f"{counted(facts.tokens, 'token')}, {counted(facts.pairs, 'pair')}, "
-        f"{counted(facts.calls, 'kernel call')} in {counted(facts.stages, 'stage')}, receives "
-        f"{words.mib(facts.bytes_forward)} forward and {words.mib(facts.bytes_backward)} backward.",
+        _render.heading(f"{data.comm}: rank {facts.rank}, which computes most"),
+        f"The rank with most pairs; others may receive more, which the table says. {counted(facts.tokens, 'token')}, "
+        f"{counted(facts.pairs, 'pair')}, {counted(facts.calls, 'kernel call')} per group of heads in "
+        f"{counted(facts.stages, 'stage')}. This rank receives {words.mib(facts.bytes_forward)} forward and "
+        f"{words.mib(facts.bytes_backward)} backward.",
         "",
         _render.table(head, shown),
         "",
@@ -208,7 +254,7 @@ def _entry(entry: Entry) -> str:
     return f"{q}:{q + n} x {k}:{k + m}"
 
 
-def _report(found: Simulation, batch: Batch, machine: Machine, seed: int) -> None:
+def _report(found: Simulation, batch: Batch, machine: Machine, seed: int, comm: str) -> None:
     scheme = found.schemes[found.chosen]
     data = scheme.plan._data
     owners: list[Any] = [
@@ -223,9 +269,10 @@ def _report(found: Simulation, batch: Batch, machine: Machine, seed: int) -> Non
         *_said(batch, machine, seed),
         "",
         _schemes(found, batch),
-        *(f"{comm} cannot: {why}" for comm, why in found.refused.items()),
+        *(f"{each} cannot: {why}" for each, why in found.refused.items()),
+        *_notes(found, batch, machine, comm),
         "",
-        *_notes(found, machine),
+        *_legend(found, machine),
         "",
         *owners,
         *_entries(data),
@@ -244,6 +291,7 @@ def _data(found: Simulation, batch: Batch, machine: Machine, seed: int) -> dict[
             "of_perfect": found.share(comm),
             "estimate": dataclasses.asdict(scheme.estimate),
             "busiest_rank": scheme.busiest._asdict(),
+            "extra_memory": {"total": scheme.memory.total, **scheme.memory._asdict()},
             "pieces": _pieces(scheme),
         }
         for comm, scheme in found.schemes.items()
@@ -268,21 +316,28 @@ def _write(target: str, data: dict[str, Any]) -> None:
     if target == "-":
         _render.show_json(data)
         return
-    _checked_folder("--json", Path(target))
     Path(target).write_text(json.dumps(data) + "\n", encoding="utf-8")
 
 
-def _checked_folder(option: str, path: Path) -> None:
+def _check_targets(json_to: str | None, picture: Path | None) -> None:
+    """Before anything is planned."""
+    if json_to is not None and json_to != "-":
+        _check_folder("--json", Path(json_to))
+    if picture is None:
+        return
+    if picture.suffix not in (".svg", ".png"):
+        raise InvalidArgument(f"--picture must end in .svg or .png, got {picture}")
+    _check_folder("--picture", picture)
+    if not module_exists("matplotlib"):
+        raise MissingExtra("anyattn plan --picture", "cli,plot", "matplotlib")
+
+
+def _check_folder(option: str, path: Path) -> None:
     if not path.parent.is_dir():
         raise InvalidArgument(f"{option} {path}: there is no folder {path.parent}")
 
 
 def _draw(target: Path, found: Simulation) -> None:
-    if target.suffix not in (".svg", ".png"):
-        raise InvalidArgument(f"--picture must end in .svg or .png, got {target}")
-    _checked_folder("--picture", target)
-    if not module_exists("matplotlib"):
-        raise MissingExtra("anyattn plan --picture", "cli,plot", "matplotlib")
     from anyattn.cli import _plan_picture
 
     _plan_picture.draw(target, found.schemes[found.chosen].plan._data)
@@ -334,10 +389,11 @@ def plan(
     """
     batch = _batch(lengths, tokens, seed, heads, kv_heads, head_dim, causal, window, placement)
     machine = _machine(ranks, gpu, gpus_per_node, network, hierarchical)
+    _check_targets(json_to, picture)
     found = _simulate.simulate(batch, machine, comm)
     if picture is not None:
         _draw(picture, found)
     if json_to is not None:
         _write(json_to, _data(found, batch, machine, seed))
     if json_to != "-":
-        _report(found, batch, machine, seed)
+        _report(found, batch, machine, seed, comm)

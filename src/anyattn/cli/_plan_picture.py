@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.colors import ListedColormap, hsv_to_rgb
 from matplotlib.figure import Figure
 
-from anyattn._context import _explain, _simulate
+from anyattn._context import _explain
 from anyattn._context._explain import counted
 from anyattn._context._plan_data import PlanData
 
@@ -45,7 +45,7 @@ def _colour(index: int, value: float) -> Any:
 
 
 def _owners(axes: Any, data: PlanData) -> None:
-    starts = _simulate.Owners(data.queries).starts
+    starts = _explain.Owners(data.queries).starts
     shown = _shown(data.topology.world)
     for line, rank in enumerate(shown):
         spans = [(starts[p.document] + p.begin, p.end - p.begin) for p in data.queries.pieces[rank]]
@@ -67,7 +67,7 @@ def _meets(axes: Any, data: PlanData) -> None:
         *(_colour(r, 0.75) for r in range(ranks)),
         *(_pale(_colour(r, 0.75)) for r in range(ranks)),
     ]
-    picture = _simulate.sampled(data, _CELLS, _CELLS)
+    picture = _explain.sampled(data, _CELLS, _CELLS)
     cells = [[0 if key is None else 1 + rank + (key != rank) * ranks for key in row] for rank, row in picture]
     if cells:
         axes.imshow(cells, cmap=ListedColormap(colours), vmin=0, vmax=2 * ranks, interpolation="nearest", aspect="auto")

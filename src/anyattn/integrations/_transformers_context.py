@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from anyattn.integrations import _transformers_refusals as refusals
 from anyattn.integrations._accelerate import same_batches
 from anyattn.integrations._layout import Shape
 from anyattn.integrations._transformers_batches import digest, divide, packing_of, says_documents, sizes_of
-from anyattn.integrations._transformers_plan import begin, end
+from anyattn.integrations._transformers_plan import begin, end, running
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,7 +43,10 @@ class Division:
 
     @property
     def plan(self) -> ContextPlan:
-        """The plan of the model's last batch: ``plan.unshard(logits, dim=1)`` is the whole batch's, (1, B * S, ...).
+        """The plan of the model's last batch; take it after the model was called.
+
+        In ``division.plan.unshard(model(**batch).logits, dim=1)`` Python takes the plan before it calls the model, and
+        it is the plan of the batch before: :meth:`unshard` takes it afterwards.
 
         Raises:
             ContextError: there was none yet.
@@ -50,6 +54,57 @@ class Division:
         if self._plan is None:
             raise ContextError("no batch has been divided yet: call the model first")
         return self._plan
+
+    def shard(self, x: Tensor, dim: int = 1, fill: float = 0) -> Tensor:
+        """This rank's rows of a tensor of the model's last batch.
+
+        Args:
+            x: of the whole batch, the same on all ranks; any dtype. dim counts tokens of the flattened batch, B * S.
+            dim: which dim counts tokens; 1 in (1, B * S, ...).
+            fill: what rows without a token get: -100 for labels.
+
+        Returns:
+            x with this rank's rows in place of dim, as in the model's outputs.
+
+        Raises:
+            ContextError: no batch was divided yet.
+            DtypeError: x's dtype cannot hold the fill.
+            ShapeError: dim counts something else.
+
+        Example::
+
+            >>> with context_parallel(cp, model) as division:  # doctest: +SKIP
+            ...     logits = model(**batch).logits  # (1, rows, vocabulary)
+            ...     weights = division.shard(weights)  # (1, B * S) -> (1, rows)
+        """
+        return self.plan.shard(x, dim, fill)
+
+    def unshard(self, x: Tensor, dim: int = 1, fill: float = 0) -> Tensor:
+        """The whole batch's rows of an output of the model's last call; all ranks call it.
+
+        Args:
+            x: this rank's rows, such as logits (1, rows, vocabulary); of one shape and dtype on all ranks.
+            dim: which dim counts rows.
+            fill: what tokens without a row, padding, get.
+
+        Returns:
+            x with the tokens of the flattened batch, B * S, in place of dim. A loss that every rank computes from it,
+            the same one, has the gradients that :func:`context_parallel` was asked for: their mean over the group, or
+            their sum, is the loss's gradient. What goes back through :meth:`shard` has wrong ones.
+
+        Raises:
+            ContextError: no batch was divided yet.
+            DtypeError: x's dtype cannot hold the fill.
+            ShapeError: dim has another size than this rank has rows.
+
+        Example::
+
+            >>> with context_parallel(cp, model) as division:  # doctest: +SKIP
+            ...     logits = division.unshard(model(**batch).logits)  # (1, B * S, vocabulary)
+        """
+        if isinstance(x, Tensor) and x.requires_grad and self._factor != 1:
+            x = _Times.apply(x, self._factor)  # type: ignore[no-untyped-call]
+        return self.plan.unshard(x, dim, fill)
 
     # --- hooks ---
 
@@ -149,8 +204,8 @@ def context_parallel(
     Raises:
         Unsupported: a model that mixes tokens outside of attention, an encoder-decoder, a batch with a cache, with
             images or a 4-D mask; the message names it.
-        ContextError: a batch or plan that does not fit, ranks that were given different batches, or a model that is
-            divided already.
+        ContextError: a batch or plan that does not fit, ranks that were given different batches, a model that is
+            divided already, or one inside of it (``model.model``) that is called by itself.
 
     Example::
 
@@ -167,25 +222,56 @@ def context_parallel(
     _check_not_nested(inner)
     division = Division(cp, {**sizes_of(inner.config), **options}, cp.size if gradients == "mean" else 1)
     loaders: AbstractContextManager[None] = nullcontext() if accelerator is None else same_batches(accelerator, cp)
-    before = inner.register_forward_pre_hook(_Hook(division._before), prepend=True, with_kwargs=True)
-    after = inner.register_forward_hook(_Hook(division._after), with_kwargs=True, always_call=True)
+    hooks = _hooks(inner, division)
     _divided.append(inner)
     try:
         with loaders:
             yield division
     finally:
         _divided.remove(inner)
-        before.remove()
-        after.remove()
+        for hook in hooks:
+            hook.remove()
         while end() is not None:  # an interrupt leaves some
             pass
+
+
+def _hooks(model: Any, division: Division) -> list[Any]:
+    """Register all hooks of a model that is divided; returns their handles."""
+    before, after = (torch.compiler.disable(run) for run in (division._before, division._after))  # they look at values
+    hooks = [
+        model.register_forward_pre_hook(_Hook(before), prepend=True, with_kwargs=True),
+        model.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True),
+    ]
+    alone = _Hook(partial(_refuse_alone, type(model).__name__))
+    for part in _models_inside(model):
+        hooks.append(part.register_forward_pre_hook(alone, prepend=True, with_kwargs=True))
+    return hooks
+
+
+def _models_inside(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The transformers models of text that a model consists of, such as the decoder under a head."""
+    from transformers import PreTrainedModel
+
+    for part in model.modules():
+        if part is not model and isinstance(part, PreTrainedModel) and part.main_input_name == "input_ids":
+            yield part
+
+
+def _refuse_alone(outer: str, part: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook of models inside of a divided one, which must be called by it, or be given a plan."""
+    if kwargs.get("plan") is None and not running():
+        name = type(part).__name__
+        raise ContextError(
+            f"the {name} inside of a {outer} was called by itself, and context_parallel divides what the {outer} is "
+            f"called with: call that, or give context_parallel the {name} instead of the {outer}"
+        )
 
 
 class _Hook:
     """A hook of the model that is divided, and of no other: in copies of the model it does nothing."""
 
     def __init__(self, run: Callable[..., Any]) -> None:
-        self._run: Any = torch.compiler.disable(run)  # it looks at values
+        self._run = run
 
     def __call__(self, *args: Any) -> Any:
         return self._run(*args)
@@ -268,3 +354,16 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad * ctx.factor, None, None
+
+
+class _Times(torch.autograd.Function):
+    """A tensor as it is; backward hands on ``factor`` times the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None

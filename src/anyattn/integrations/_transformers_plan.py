@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from anyattn.integrations._layout import Pattern
 from anyattn.integrations._transformers_call import refuse
 from anyattn.integrations._transformers_functions import recognize
 from anyattn.integrations._transformers_masks import facts_of, make_mask
+from anyattn.integrations._transformers_memory import once
 
 
 @dataclass(eq=False)
@@ -35,12 +37,15 @@ class Forward:
     """In which it runs."""
 
 
+#: Plans whose batches context_parallel divides, with positions and labels; others are the caller's own.
+_by_hooks: weakref.WeakSet[ContextPlan] = weakref.WeakSet()
 #: Forwards of divided models that run now, of all threads. Empty in backward, which may run layers again.
 _running: list[Forward] = []
 
 
 def begin(plan: ContextPlan) -> None:
     """A forward of a divided model begins in this thread."""
+    _by_hooks.add(plan)
     _running.append(Forward(plan))
 
 
@@ -113,13 +118,16 @@ def attend(
     length. Returns (1 or B, R, num_heads, head_dim_v), and None. All else is as without a plan.
 
     Raises:
-        ContextError: ``plan`` is something else.
+        ContextError: ``plan`` is something else, or the model was called with a plan of the caller's own, and its
+            positions or labels are not of this rank's rows.
     """
     if not isinstance(plan, ContextPlan):
         raise ContextError(
             f"plan must be an anyattn.ContextPlan, as ContextParallel.plan() makes it, or None; got {plan!r:.80}"
         )
     refuse(module, options)
+    if plan not in _by_hooks:
+        _check_own(plan, options, getattr(module, "layer_idx", None))
     made = _kind_of(mask)
     if made is not None and made.chunk is not None:
         raise Unsupported("under a plan there is no chunked attention: plans know causal, sliding and full masks")
@@ -138,6 +146,72 @@ def attend(
     if query.shape[0] != 1:
         raise ShapeError(f"under a plan made from a Packing a batch is one row of this rank's; got {query.shape[0]}")
     return attention(q[0], k[0], v[0], plan=here, **more)[None], None
+
+
+# --- plans of the caller's own, without context_parallel ---
+
+
+def _check_own(plan: ContextPlan, options: Mapping[str, Any], layer: int | None) -> None:
+    """Refuse a call whose positions or loss are of other rows, as far as what reaches attention tells.
+
+    Args:
+        plan: of the batch.
+        options: keyword arguments of the call of attention, most of which are the model's.
+        layer: the number of the layer that asks.
+
+    Raises:
+        ContextError: positions or labels are not of this rank's rows; before a plan's first use on all ranks.
+    """
+    failure = None
+    if plan._data.topology.world > 1:
+        failure = _wrong_loss(options)
+    if failure is None and _counted_by_row(plan, options.get("position_ids"), layer):
+        failure = (
+            "plan= without position_ids=: the model has counted this rank's rows from 0, and they are other tokens of "
+            "their documents; pass position_ids=plan.position_ids[None]"
+        )
+    if failure is not None:
+        error = ContextError(failure)
+        plan._agree(error)  # ranks whose rows do begin at 0 hear of it
+        raise error
+
+
+def _wrong_loss(options: Mapping[str, Any]) -> str | None:
+    """Why the loss would not be this rank's part of the batch's; None where it is, or where that cannot be known."""
+    items, shifted = (options.get(name) is not None for name in ("num_items_in_batch", "shift_labels"))
+    if shifted and not items:
+        return (
+            "plan= and shift_labels= without num_items_in_batch=: the loss would be the mean over this rank's labels, "
+            "and means of ranks do not add up; pass num_items_in_batch, the number of labels in the whole batch"
+        )
+    if not shifted and (items or options.get("labels") is not None):
+        return (
+            "plan= and labels= without shift_labels=: the model would shift labels within this rank's rows; shift the "
+            "whole batch's, take this rank's by plan.shard, and pass them both as labels and as shift_labels"
+        )
+    return None
+
+
+def _counted_by_row(plan: ContextPlan, positions: Any, layer: int | None) -> bool:
+    """Whether positions are 0, 1, ... along this rank's rows, and those of its tokens are others."""
+    if type(positions) is not Tensor or not positions.ndim or positions.shape[-1] != plan.rows:
+        return False
+    if positions.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # a step is captured that has run before
+    if positions.data_ptr() == plan.position_ids.data_ptr():
+        return False  # the plan's own, and nothing is read from the device
+
+    def look() -> bool:
+        if all(begin == row for _, begin, _, row in plan._layout.pieces[plan._rank]):
+            return False
+        rows = torch.arange(plan.rows, device=positions.device)
+        return bool((positions == rows).all())
+
+    found: bool = once(positions, ("counted by row", weakref.ref(plan)), layer, look)
+    return found
+
+
+# --- masks ---
 
 
 def _kind_of(mask: Any) -> Pattern | None:

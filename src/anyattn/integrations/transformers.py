@@ -17,7 +17,7 @@ worked out once per forward, so layers wait for nothing. Under ``torch.compile``
 outside; masks and positions become 4-D masks.
 
 :func:`context_parallel` divides every batch over the ranks of a group. ``model(..., plan=ContextPlan)`` says that the
-batch is this rank's rows already.
+batch is this rank's rows already, which takes positions and shifted labels of these rows too.
 """
 
 from __future__ import annotations
