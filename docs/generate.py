@@ -20,6 +20,7 @@ import torch
 
 import anyattn
 import backend_pages
+import context_table
 import figures
 import transformers_table
 from anyattn import _errors, _support
@@ -167,6 +168,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "speed-summary": figures.speed_summary,
     "context-figures": figures.context,
     "context-replayed": figures.replayed,
+    "context-kernels": context_table.table,
     "transformers-speed": figures.transformers_speed,
     "backends": partial(backend_pages.table_of_backends, ""),
     "sanitize": sanitize,

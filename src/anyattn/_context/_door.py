@@ -222,9 +222,9 @@ def explain(t: Tensors, asked: Asked, plan: Any, installed: Any, arch: int | Non
         raise ContextError("this rank has nothing to compute under this plan: no kernel is chosen")
     sizes = [sum(e.len_q * e.len_k for e in call.call.entries) for call in calls]
 
-    def choose(request: Request) -> tuple[Explanation, _select.Kernel | None]:
+    def choose(request: Request) -> tuple[Explanation, Explanation]:
         told = _preparation.explain(request, installed, arch)
-        return told, told.forward
+        return told, told
 
     return _kernel.chosen(requests[sizes.index(max(sizes))], choose)
 

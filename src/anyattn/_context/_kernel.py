@@ -13,6 +13,7 @@ from anyattn import _core, _preparation, _select
 from anyattn._call import Call, Result, Saved
 from anyattn._context._tables import CallTables
 from anyattn._errors import NoBackend
+from anyattn._explanation import Explanation
 from anyattn._preparation import Inputs, Prepared
 from anyattn._request import Meta, Request
 
@@ -261,18 +262,24 @@ def _prepare(request: Request, bare: bool) -> Prepared:
     return found
 
 
-def chosen(requests: Sequence[Request], choose: Callable[[Request], tuple[T, _select.Kernel | None]]) -> T:
+def chosen(requests: Sequence[Request], choose: Callable[[Request], tuple[T, Explanation]]) -> T:
     """What is found for the request that a call is made by: the last, the dense one, where its kernel is quicker so.
+
+    Where none has a kernel, it is what has fewer reasons against it: a packed call has one more against a kernel of
+    dense batches, and the other way round.
 
     Args:
         requests: as ``Kernel.requests`` gives them.
-        choose: what is found for a request, and the kernel, None if there is none.
+        choose: what is found for a request, and why.
     """
-    first, kernel = choose(requests[0])
-    if len(requests) == 1 or (kernel is not None and not kernel.dense_is_quicker):
-        return first
+    found, told = choose(requests[0])
+    if len(requests) == 1 or (told.forward is not None and not told.forward.dense_is_quicker):
+        return found
     dense, other = choose(requests[1])
-    return first if other is None else dense
+    if told.forward is None and other.forward is None:
+        against = [sum(map(len, x.rejected.values())) for x in (told, other)]
+        return dense if against[1] < against[0] else found
+    return found if other.forward is None else dense
 
 
 def _choose(requests: Sequence[Request], bare: bool) -> Prepared:
@@ -282,12 +289,12 @@ def _choose(requests: Sequence[Request], bare: bool) -> Prepared:
         NoBackend: nothing that is allowed takes it.
     """
 
-    def choose(request: Request) -> tuple[Prepared | NoBackend, _select.Kernel | None]:
+    def choose(request: Request) -> tuple[Prepared | NoBackend, Explanation]:
         try:
             p = _prepare(request, bare)
         except NoBackend as refused:
-            return refused, None
-        return p, p.kernel
+            return refused, refused.explanation
+        return p, p.explanation
 
     found = chosen(requests, choose)
     if isinstance(found, NoBackend):
