@@ -483,7 +483,7 @@ def test_keys_that_are_placed_apart_later_are_sharded_apart() -> None:
     packing = padded([9, 14])
     plan = every_plan(packing, 2, packing_kv=packing, placement="contiguous")[0]
     roomy = replace(plan._data.keys, rows=plan.rows + 3)
-    apart = ContextPlan(replace(plan._data, keys=roomy), plan._members)
+    apart = ContextPlan(replace(plan._data, keys=roomy, cross=True), plan._members)
     assert (apart.rows, apart.kv.rows) == (plan.rows, plan.rows + 3)
 
 

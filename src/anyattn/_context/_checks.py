@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from anyattn import _environment, _select
-from anyattn._context._plan import ContextPlan, normal_mask
-from anyattn._context._plan_data import check_features
-from anyattn._context._topology import Members
+from anyattn._context._plan import ContextPlan, check_planned, normal_mask
+from anyattn._context._topology import ON_FLAT_MESH, Members
 from anyattn._errors import ContextError, DeviceError, ShapeError, Unsupported
 from anyattn._packing import Packing
 from anyattn._request import Request, Tensors, autocast_dtype, describe, describe_optional, is_block_mask
@@ -59,7 +58,7 @@ def checked(t: Tensors, asked: Asked, plan: ContextPlan) -> Sizes:
         )
         if used
     }  # fmt: skip
-    check_features(plan._data, frozenset(features))
+    check_planned(plan._data, frozenset(features))
     _check_sizes(t, sizes, plan)
     if t.bias is None and t.mask is None:
         plan._checked[request] = sizes
@@ -151,6 +150,7 @@ def _check_sizes(t: Tensors, sizes: Sizes, plan: ContextPlan) -> None:
         raise ShapeError(
             f"{sizes.num_heads} query heads do not divide over the {data.topology.heads} ranks that share heads under "
             f"comm={data.comm!r}: use comm='p2p' or 'all_gather', or as many ranks as divide them"
+            f"{f'; {ON_FLAT_MESH}' if data.topology.sequence > 1 else ''}"
         )
     for name, x in (("bias", t.bias), ("mask", t.mask)):
         if isinstance(x, Tensor):

@@ -64,6 +64,8 @@ def _headline(data: PlanData, own: Estimate, estimates: dict[Comm, Estimate]) ->
     if best == data.comm or taken <= least:
         return words + "by estimate the cheapest of the schemes below."
     words += f"by estimate {best} is cheaper, {ms(least)} against {ms(taken)} forward and backward."
+    if data.capacity is not None:
+        words += " For plans of fixed capacity comm='auto' chooses by a full batch of the longest sequences."
     if best == "a2a" and data.given[0] is None:
         words += " Give num_heads=, without which comm='auto' does not take it."
     return words

@@ -62,8 +62,6 @@ class ContextPlan(Shards):
     """
 
     def __init__(self, data: PlanData, members: Members | None) -> None:
-        if data.keys != data.queries and not data.cross:  # placed apart after the plan was made
-            data = replace(data, cross=True)
         super().__init__(data.queries, data.memory_q, data.rank, members)
         self._data = data
         self._agreed: set[Any] = set()
@@ -246,14 +244,14 @@ def _side(given: Any) -> int | None:
     return None if given is None else -1 if number is None or number < 0 else number
 
 
-def check_planned(data: PlanData) -> None:
-    """Refuse a plan whose scheme cannot do what it was made for.
+def check_planned(data: PlanData, features: frozenset[str] | None = None) -> None:
+    """Refuse a plan whose scheme cannot do what is asked; None: what it was made for.
 
     Raises:
         ContextError: with what to do instead.
     """
     try:
-        check_features(data, frozenset(data.features))
+        check_features(data, frozenset(data.features) if features is None else features)
     except ContextError as error:
         if data.comm != "a2a+p2p" or not any(f"comm='{comm}'" in str(error) for comm in ("all_gather", "a2a")):
             raise

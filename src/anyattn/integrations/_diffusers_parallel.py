@@ -106,7 +106,7 @@ class Team:
                 placement="contiguous", num_heads=q.shape[2], num_kv_heads=k.shape[2], head_dim=q.shape[3],
                 head_dim_v=v.shape[3],
             )  # fmt: skip
-            self._plans[key] = ContextPlan(replace(plan._data, queries=held, keys=keys), plan._members)
+            self._plans[key] = ContextPlan(replace(plan._data, queries=held, keys=keys, cross=True), plan._members)
         return self._plans[key]
 
     def _check_heads(self, comm: str, heads: int) -> None:
