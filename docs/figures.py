@@ -235,10 +235,12 @@ def _on_ranks(files: list[tuple[Path, dict[str, Any]]]) -> str:
     cells: dict[tuple[str, str], str] = {}
     links = []
     for path, content in files:
-        links.append(f"[file](../benchmarks/results/{path.name})")
+        links.append(_link(path))
         for row in content["rows"]:
             if found := _CONTEXT.match(row["name"]):
                 way = f"`{found['scheme']}`, {found['kernel']}"
+                if found["kernel"] == _words(path):  # a file of this kernel's own
+                    cells[found["case"], way] = _speed(row)
                 cells.setdefault((found["case"], way), _speed(row))
             elif found := _PEER.match(row["name"]):
                 cells.setdefault((found["case"], found["peer"]), _speed(row))
@@ -258,13 +260,22 @@ def replayed() -> str:
     links = []
     for path, content in files:
         rows = [(found, row) for row in content["rows"] if (found := _REPLAYED.match(row["name"]))]
-        links += [f"[file](../benchmarks/results/{path.name})"] if rows else []
+        links += [_link(path)] if rows else []
         for found, row in rows:
             cells.setdefault((found["case"], f"`{found['scheme']}`, {found['kernel']}"), _speed(row))
     return "\n".join([_by_case(cells), "", f"From {', '.join(links)}."])
 
 
 _REPLAYED = re.compile(_CONTEXT.pattern.replace(", (?P<kernel>", r", \d+ ranks replayed, (?P<kernel>"))
+
+
+def _words(path: Path) -> str:
+    """What tells a file from others of its day and kind."""
+    return path.stem.partition("-context")[2].replace("-replay", "").strip("-") or "fa3"
+
+
+def _link(path: Path) -> str:
+    return f"[{_words(path)}](../benchmarks/results/{path.name})"
 
 
 def _is_replay(content: dict[str, Any]) -> bool:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import anyattn
 import context_pool
-from anyattn import ContextParallel, Packing
+from anyattn import ContextError, ContextParallel, Packing
 from context_pool import Seat
 
 #: Batches of unlike numbers of documents and rows: the second makes sizes dynamic, and the others compile nothing.
@@ -127,3 +129,21 @@ def test_rows_in_one_graph_are_an_error_that_says_so(call: str) -> None:
     run: Any = torch.compile(lambda x, p: getattr(p, call)(x), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=rf"plan\.{call}\(\).*fullgraph"):
         run(torch.zeros(23), plan_of((9, 14)))
+
+
+def test_a_plan_that_is_gone_by_its_backward_is_an_error_that_says_so() -> None:
+    """Activation checkpointing runs forward again then, and compiled code has no plan but the caller's."""
+    torch._dynamo.reset()
+
+    def block(x: Tensor, plan: Any) -> Tensor:
+        return (x * plan.position_ids[:, None]).sin()
+
+    run: Any = torch.compile(
+        lambda x, plan: checkpoint(block, x, plan, use_reentrant=False), backend="aot_eager", fullgraph=True
+    )
+    x, plan = torch.randn(23, 3, requires_grad=True), plan_of((9, 14))
+    out = run(x, plan)
+    del plan
+    gc.collect()
+    with pytest.raises(ContextError, match="keep the plan until backward"):
+        out.sum().backward()

@@ -375,7 +375,7 @@ def test_a_wrong_shard_of_one_rank_is_heard_by_all_at_a_plans_first_use(pool: co
     for rank, outcome in enumerate(outcomes):
         assert outcome.failure is not None
         assert outcome.failure.is_a(ShapeError if rank == 2 else ContextError), outcome.failure.text
-        assert ("this is the whole" if rank == 2 else "cannot run on ranks 2") in outcome.failure.message
+        assert ("this is the whole" if rank == 2 else "cannot run on rank 2") in outcome.failure.message
 
 
 def nothing_here(seat: context_pool.Seat, comm: str, lengths: list[int], backend: str, **call: Any) -> None:

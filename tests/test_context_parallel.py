@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from cases import Imagined
 from context_cases import ContextCase, refusal
 from context_features import FEATURES, SCHEMES
 from context_judge import judge
+from doubles import frontend
 from oracle import Terms
 
 
@@ -68,6 +70,16 @@ def test_a_plan_from_a_length_may_give_kernels_dense_tensors(pool: context_pool.
     found = context_pool.values(pool.run(case.group, context_ranks.run_and_see_forms, case))
     judge(case, [f for f, _ in found])
     assert {form for _, forms in found for form in forms} == {form}
+
+
+def test_the_form_of_a_call_overrules_no_preference() -> None:
+    """Where the kernel that comes first takes the packed call alone, no other gets the dense one."""
+    q = torch.empty(2, 1, 4, 32, dtype=torch.bfloat16, requires_grad=True)
+    with frontend.machine():
+        plan = anyattn.ContextParallel((1, 0), comm="all_gather").plan(1, num_heads=4)
+        for backend in (("cudnn", "auto"), ("cudnn", "fa2", "torch")):
+            told = anyattn.explain(q, q, q, plan=plan, backend=backend)
+            assert (told.chosen, told.problem.form) == ("cudnn", "packed")
 
 
 GROUPS = [

@@ -453,6 +453,20 @@ def test_a_copy_keeps_its_plans_group(pool: context_pool.Pool) -> None:
         assert found == [(True, True)] * 2
 
 
+def unsharded_columns(seat: context_pool.Seat) -> list[bool]:
+    """Columns and int16 rows of a tensor, which lie apart in memory or in a dtype that few groups carry."""
+    packing = Packing.from_lengths([9, 14])
+    plan = ContextParallel(seat.group, comm="all_gather").plan(packing)
+    whole = torch.arange(packing.rows * 3).view(-1, 3)
+    mine = plan.shard(whole)
+    columns = [torch.equal(plan.unshard(mine[:, i]), whole[:, i]) for i in range(3)]
+    return [*columns, torch.equal(plan.unshard(mine.to(torch.int16)), whole.to(torch.int16))]
+
+
+def test_rows_that_lie_apart_are_unsharded(pool: context_pool.Pool) -> None:
+    assert all(all(found) for found in context_pool.values(pool.run(2, unsharded_columns)))
+
+
 @pytest.mark.parametrize("make", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_keys_alone_are_no_plan(make: Any) -> None:
     plan = every_plan(padded([9, 14]), 2, packing_kv=padded([3, 20]), causal=False)[0]

@@ -30,6 +30,7 @@ from anyattn._context import (
 )
 from anyattn._context._exchange import Arrival
 from anyattn._context._kernel import NOWHERE, Kernel
+from anyattn._context._lengths import lengths_of
 from anyattn._context._plan import ContextPlan
 from anyattn.cli import main
 
@@ -310,3 +311,33 @@ def test_explain_says_what_the_plan_does() -> None:
     assert f"imbalance {plan.imbalance:.3f}" in text
     assert "a2a+p2p     cannot" in text
     assert all(len(line) <= 100 for line in text.splitlines())
+
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "not_text": (b"\xff\xfe1\n", "as UTF-8 text"),
+    "a_header": (b"lengths\n12\n", "got 'lengths'"),
+    "a_fraction": (b"12\n2.0\n", "got '2.0'"),
+    "below_zero": (b"12\n-3\n", "got -3"),
+    "broken_json": (b"[12, ", "as JSON it ends in"),
+    "a_list_of_lists": (b"[[12]]", r"got \[12\]"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_holds_no_lengths_is_told_by_what_it_holds(file: str, tmp_path: Path) -> None:
+    content, told = FILES[file]
+    path = tmp_path / "lengths.txt"
+    path.write_bytes(content)
+    with pytest.raises(anyattn.InvalidArgument, match=f"must hold ints >= 0.*{told}"):
+        lengths_of(str(path))
+
+
+def test_a_mark_of_byte_order_is_no_length(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.txt"
+    path.write_bytes(b"\xef\xbb\xbf300\n20\n")
+    assert lengths_of(str(path)) == (300, 20)
+
+
+def test_a_scheme_of_one_dim_does_not_go_with_hosts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--lengths", "64k", "--ranks", "16", "--hierarchical", "--comm", "p2p"]) == 2
+    assert "--comm p2p" in capsys.readouterr().err

@@ -109,6 +109,11 @@ class RanksMissing(ContextError):
         )
 
 
+def counted_ranks(ranks: list[int]) -> str:
+    """As in a sentence: rank 2, or ranks 1, 2."""
+    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
+
+
 class OthersFailed(ContextError):
     """Other ranks cannot run a call that this one could."""
 
@@ -186,10 +191,10 @@ def check(data: PlanData, members: Members, call: Mapping[str, object], failure:
         raise failure
     failed = everyone[:, -1].nonzero().flatten().tolist()
     if failed:
+        say = "says" if len(failed) == 1 else "say"
         raise OthersFailed(
             failed,
-            f"this call cannot run on ranks {', '.join(map(str, failed))} of the group, which say why; nothing has run "
-            "here",
+            f"this call cannot run on {counted_ranks(failed)} of the group, which {say} why; nothing has run here",
         )
     if (everyone == everyone[0]).all():
         return

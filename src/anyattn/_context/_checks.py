@@ -41,8 +41,12 @@ def checked(t: Tensors, asked: Asked, plan: ContextPlan) -> Sizes:
     _check_same(t, asked, plan)
     if t.mask is not None and is_block_mask(t.mask):
         raise Unsupported(
-            "a BlockMask speaks of the whole sequence, and this call of a part: pass mask= as a bool tensor of this "
-            "rank's queries by all keys, under comm='all_gather'"
+            "a BlockMask speaks of the whole sequence, and this call of a part: "
+            + (
+                "pass mask= as a bool tensor of this rank's queries by all keys, under comm='all_gather'"
+                if plan._data.memory_q.entries
+                else "a plan from a Packing keeps documents apart by itself: leave mask= out"
+            )
         )
     if t.mask is not None and not isinstance(t.mask, Tensor):
         raise ContextError(f"mask must be a bool tensor or None, got {type(t.mask).__name__}")

@@ -97,6 +97,6 @@ def gather_rows(groups: Sequence[Any], x: Tensor) -> Tensor:
 
 
 def _carried(x: Tensor) -> Tensor:
-    """A tensor's elements in a row, of a dtype that every group can carry."""
-    flat = x.reshape(-1)
-    return flat.view(torch.uint8) if x.device.type == "cpu" or x.dtype == torch.bool else flat
+    """A tensor's elements in one run of memory, of a dtype that every group can carry: NCCL has no int16."""
+    flat = x.contiguous().view(-1)
+    return flat.view(torch.uint8) if x.device.type == "cpu" or x.dtype in (torch.bool, torch.int16) else flat

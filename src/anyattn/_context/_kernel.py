@@ -128,12 +128,17 @@ class Kernel:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(dq, dk, dv, dbias) from the final out and lse, by what forward ran; in ``places``, or elsewhere."""
         call = self._call(p, q, k, v, self._cut(terms))
-        if places is not NOWHERE and self.keys is None and p.dims is None:
+        placed = places is not NOWHERE and self.keys is None and p.dims is None
+        if p.packed:
+            if placed:
+                call = call._replace(dq=places.dq, dk=places.dk, dv=places.dv)
+            found = _core.backward(p, call, saved, dout, dlse)
+            return found.dq, found.dk, found.dv, found.dbias
+        if placed:
             dq, dk, dv = (None if x is None else self._shaped(x, p) for x in places)
             call = call._replace(dq=dq, dk=dk, dv=dv)
-        lse = self._entries_of_lse(saved.lse, p)
-        dlse = None if dlse is None else self._entries_of_lse(dlse, p)
-        saved = saved._replace(out=self._shaped(saved.out, p), lse=lse)
+        dlse = None if dlse is None else self._entries_of_lse(dlse)
+        saved = saved._replace(out=self._shaped(saved.out, p), lse=self._entries_of_lse(saved.lse))
         found = _core.backward(p, call, saved, self._shaped(dout, p), dlse)
         return self._flat(found.dq, p), self._flat(found.dk, p), self._flat(found.dv, p), found.dbias
 
@@ -155,16 +160,18 @@ class Kernel:
         """(heads, rows)."""
         return lse if p.packed or lse is None else lse.transpose(0, 1).flatten(1)
 
-    def _entries_of_lse(self, lse: Tensor, p: Prepared) -> Tensor:
-        """(heads, rows), or (entries, heads, rows), in one run of memory: kernels read it as it lies there."""
-        return lse if p.packed else lse.unflatten(1, (self._entries, -1)).transpose(0, 1).contiguous()
+    def _entries_of_lse(self, lse: Tensor) -> Tensor:
+        """(entries, heads, rows) of (heads, rows), in one run of memory: kernels read it as it lies there."""
+        entries: Tensor = lse.unflatten(1, (self._entries, -1)).transpose(0, 1)
+        return entries.contiguous()
 
     def _call(self, p: Prepared, q: Tensor, k: Tensor, v: Tensor, added: _Added) -> Call:
         seed = None if added.seed is None else torch.tensor([added.seed, 0], dtype=torch.int64, device="cpu")
-        rows_q, rows_k = (self.tables.packing_q._rows, self.tables.packing_k._rows) if p.packed else (None, None)
-        inputs = Inputs(rows_q, rows_k, added.alibi, added.mask, None, seed)
+        if p.packed:
+            rows_q, rows_k = self.tables.packing_q._rows, self.tables.packing_k._rows
+            return _core.make_call(p, q, k, v, None, None, Inputs(rows_q, rows_k, added.alibi, None, None, seed))
         q, k, v = self._shaped(q, p), self._shaped(k, p), self._shaped(v, p)
-        return _core.make_call(p, q, k, v, None, added.bias, inputs)
+        return _core.make_call(p, q, k, v, None, added.bias, Inputs(None, None, added.alibi, added.mask, None, seed))
 
     def _cut(self, terms: Terms) -> _Added:
         """What this call carries beside q, k and v."""
@@ -263,10 +270,11 @@ def _prepare(request: Request, bare: bool) -> Prepared:
 
 
 def chosen(requests: Sequence[Request], choose: Callable[[Request], tuple[T, Explanation]]) -> T:
-    """What is found for the request that a call is made by: the last, the dense one, where its kernel is quicker so.
+    """What is found for the request that a call is made by: the last, the dense one, where the kernel is quicker so.
 
-    Where none has a kernel, it is what has fewer reasons against it: a packed call has one more against a kernel of
-    dense batches, and the other way round.
+    It has to be the kernel that takes the packed call, if one does: the form overrules no preference. Where neither has
+    a kernel, it is what has fewer reasons against it: a packed call has one more against a kernel of dense batches, and
+    the other way round.
 
     Args:
         requests: as ``Kernel.requests`` gives them.
@@ -279,7 +287,11 @@ def chosen(requests: Sequence[Request], choose: Callable[[Request], tuple[T, Exp
     if told.forward is None and other.forward is None:
         against = [sum(map(len, x.rejected.values())) for x in (told, other)]
         return dense if against[1] < against[0] else found
-    return found if other.forward is None else dense
+    return dense if told.forward is None or _is_same(told.forward, other.forward) else found
+
+
+def _is_same(kernel: _select.Kernel, other: _select.Kernel | None) -> bool:
+    return other is not None and (kernel.backend, kernel.name) == (other.backend, other.name)
 
 
 def _choose(requests: Sequence[Request], bare: bool) -> Prepared:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from math import log
 from pathlib import Path
+from typing import Any
 
 from anyattn._errors import InvalidArgument
 
@@ -57,16 +58,26 @@ def lengths_of(text: str, tokens: int | None = None, seed: int = 0) -> tuple[int
 
 
 def _of_file(path: Path) -> list[int]:
-    content = path.read_text("utf-8")
+    wanted = "ints >= 0, one per line or as one JSON list"
     try:
-        found = json.loads(content) if content.lstrip().startswith("[") else [int(word) for word in content.split()]
-    except ValueError:
-        found = None
-    if not isinstance(found, list) or not all(type(n) is int and n >= 0 for n in found):
-        raise InvalidArgument(f"--lengths {path} must hold ints >= 0, one per line or as one JSON list")
+        content = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"--lengths {path} must hold {wanted}, as UTF-8 text: {error}") from None
+    try:
+        found = json.loads(content) if content.lstrip().startswith("[") else _words(content)
+    except json.JSONDecodeError as error:
+        raise InvalidArgument(f"--lengths {path} must hold {wanted}; as JSON it ends in {error}") from None
+    wrong = next((n for n in found if type(n) is not int or n < 0), None)
+    if wrong is not None:
+        raise InvalidArgument(f"--lengths {path} must hold {wanted}; got {wrong!r}")
     if not found:
         raise InvalidArgument(f"--lengths {path} holds no length: write ints >= 0, one per line or as one JSON list")
     return found
+
+
+def _words(content: str) -> list[Any]:
+    """Ints, and what is none as it stands."""
+    return [int(word) if re.fullmatch(r"[+-]?\d+", word) else word for word in content.split()]
 
 
 def _filled(lengths: Sequence[int], tokens: int | None, given: str) -> tuple[int, ...]:

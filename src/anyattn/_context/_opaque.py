@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anyattn._context._shards import by_handle
+from anyattn._errors import ContextError
 
 if TYPE_CHECKING:
     from anyattn._context._shards import Shards
@@ -36,7 +37,13 @@ def unshard(shards: Shards, x: Tensor, dim: Any, fill: Any) -> Tensor:
 # What it needs is made when it runs, which is nothing for a captured graph to repeat.
 @torch.library.custom_op("anyattn::plan_index", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _index(handle: int, name: str, rows: int, device: torch.device) -> Tensor:
-    return by_handle[handle]._index(name, device).clone()  # what an operator returns is the compiler's to write to
+    shards = by_handle.get(handle)
+    if shards is None:
+        raise ContextError(
+            "compiled code asks for the positions of a plan that is gone: keep the plan until backward is over, where "
+            "activation checkpointing runs forward again"
+        )
+    return shards._index(name, device).clone()  # what an operator returns is the compiler's to write to
 
 
 @_index.register_fake

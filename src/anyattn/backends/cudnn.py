@@ -228,7 +228,9 @@ def forward(call: Call) -> Result:
     recipes, tensors, by_token = calls.describe(call)
     graph = recipes.forward_graph()
     if spec.needs_backward:
-        recipes.backward_graph()
+        # A caller with a place for out has its gradient laid out alike.
+        place = None if packed or call.out is None else call.out
+        recipes.backward_graph(place, place)
     q, dim_v = call.q, call.v.shape[-1]
     if call.out is not None and _declared(call.out):
         out = call.out

@@ -186,8 +186,10 @@ def _wrong_loss(options: Mapping[str, Any]) -> str | None:
         )
     if not shifted and (items or options.get("labels") is not None):
         return (
-            "plan= and labels= without shift_labels=: the model would shift labels within this rank's rows; shift the "
-            "whole batch's, take this rank's by plan.shard, and pass them both as labels and as shift_labels"
+            f"plan= and {'num_items_in_batch' if items else 'labels'}= without shift_labels=: the model would shift "
+            "labels within this rank's rows; shift the whole batch's, take this rank's by plan.shard, and pass them "
+            "both as labels and as shift_labels. Where the loss is computed outside the model, leave "
+            "num_items_in_batch= out"
         )
     return None
 
