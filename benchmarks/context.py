@@ -152,6 +152,21 @@ def more_of_the_machine(seat: Seat) -> dict[str, Any]:
     return facts
 
 
+def finish(bench: Bench) -> None:
+    """Write and show what there is."""
+    if bench.seat.rank == 0:
+        bench.report.write()
+        bench.report.show()
+
+
+def add_options(parser: argparse.ArgumentParser, seconds: float) -> None:
+    """What every benchmark over ranks takes."""
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
+    parser.add_argument("--seconds", type=float, default=seconds, help="what has not begun by then is left out")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="problems for a CPU, few repetitions: a trial")
+
+
 def show_profile(bench: Bench, asked: str, tiny: bool) -> None:
     """What rank 0's device does in forward and backward of ``CASE:SCHEME:BACKEND``."""
     case, comm, backend = asked.split(":", 2)
@@ -166,14 +181,11 @@ def show_profile(bench: Bench, asked: str, tiny: bool) -> None:
 def parsed() -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
+    add_options(parser, 230.0)
     parser.add_argument("--backends", default=",".join(BACKENDS), help=f"default: {','.join(BACKENDS)}, as installed")
     parser.add_argument("--cases", default=",".join(CASES), help=f"default: {','.join(CASES)}, in this order")
     parser.add_argument("--profile", action="append", default=[], metavar="CASE:SCHEME:BACKEND", help="show what "
                         "the device does, and measure nothing; may be repeated")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=230.0, help="what has not begun by then is left out")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="problems for a CPU, few repetitions: a trial")
     options = parser.parse_args()
     options.backends, options.cases = (given.split(",") for given in (options.backends, options.cases))
     known = batches(tiny=True)
@@ -203,9 +215,7 @@ def main() -> None:
         run = Run(bench, options.backends, options.tiny)
         for name in options.cases if options.backends else ():
             run.case(name)
-        if seat.rank == 0:
-            report.write()
-            report.show()
+        finish(bench)
     seat.exchange()
     dist.destroy_process_group()
 

@@ -149,10 +149,10 @@ class Bench:
             self._meshes[two_dims] = init_device_mesh(self.seat.device.type, shape, mesh_dim_names=names)
         return self._meshes[two_dims]
 
-    def plan(self, problem: Problem, comm: str) -> ContextPlan:
-        """For a problem, placement left to it."""
+    def plan(self, problem: Problem, comm: str, parallel: ContextParallel | None = None) -> ContextPlan:
+        """For a problem, placement left to it; by these ranks, or by others."""
         heads, kv_heads = problem.heads
-        return self.parallel(comm).plan(
+        return (parallel or self.parallel(comm)).plan(
             problem.given(self.seat.device), window=problem.window, num_heads=heads, num_kv_heads=kv_heads,
             head_dim=problem.dim,
         )  # fmt: skip
@@ -162,11 +162,14 @@ class Bench:
         ms = times.slowest if slowest else times.median
         return float(f"{problem.flops * FACTOR[way] / ranks / ms / 1e9:.4g}")
 
-    def reference(self, problem: Problem, backend: str) -> dict[str, float]:
-        """TFLOP/s of one GPU, by way, measured on all ranks at once and once per run; the median rank's."""
+    def reference(self, problem: Problem, backend: str, ranks: int | None = None) -> dict[str, float]:
+        """TFLOP/s of one GPU, by way, measured on all ranks at once and once per run; the median rank's.
+
+        ``ranks``: as many as the problem is for, if not these.
+        """
         keys = {way: (problem.name, backend, way) for way in FACTOR}
         if keys[BOTH] not in self.speeds:
-            one = problem.alone(self.seat.size)
+            one = problem.alone(ranks or self.seat.size)
             call = problems.alone(one, backend, self.seat.device)
             ways: dict[str, Thunk] = {FORWARD: call.infer, BOTH: call.both}
             for way, thunk in ways.items():
@@ -194,7 +197,7 @@ class Bench:
             value, comm = self.best[key]
             target = TARGETS.get(problem.name, "") if way == BOTH and not self.seat.tiny else ""
             what = f"{way}, {problem.name}, best scheme ({comm}), {backend}"
-            self.report.rows.append(RankRow(what, value, self.speeds[key], "TFLOP/s", _one_gpu(problem), target))
+            self.report.rows.append(RankRow(what, value, self.speeds[key], "TFLOP/s", one_gpu(problem), target))
 
     def _scheme(self, problem: Problem, backend: str, comm: str) -> list[RankRow]:
         self.compared(problem, backend, comm)
@@ -211,7 +214,7 @@ class Bench:
             self.best[key] = max(self.best.get(key, (0.0, "")), (speed, chosen))
             detail = {"ms": round(times.slowest, 4), "ms_by_rank": times.by_rank, **facts}
             what = f"{way}, {problem.name}, {chosen}, {backend}"
-            rows.append(RankRow(what, speed, alone[way], "TFLOP/s", _one_gpu(problem), detail=detail))
+            rows.append(RankRow(what, speed, alone[way], "TFLOP/s", one_gpu(problem), detail=detail))
         if problem.window is not None and comm != "auto":
             halo = problem.window[0] * problem.key_row_bytes / 1e6
             what = f"bytes received, {problem.name}, {chosen}, {backend}"
@@ -290,7 +293,7 @@ class Bench:
             speed = self.speed(problem, times, way, ranks=self.seat.size)
             detail = {"ms": round(times.slowest, 4), "ms_by_rank": times.by_rank}
             what = f"{way}, {problem.name}, {name}"
-            rows.append(RankRow(what, speed, alone[way], "TFLOP/s", _one_gpu(problem), detail=detail))
+            rows.append(RankRow(what, speed, alone[way], "TFLOP/s", one_gpu(problem), detail=detail))
             if found := self.best.get((problem.name, backend, way)):
                 ours = f"{way}, {problem.name}, best scheme ({found[1]}), {backend}"
                 rows.append(RankRow(ours, found[0], speed, "TFLOP/s", name))
@@ -317,5 +320,6 @@ class Bench:
             return self.peer(f"torch context_parallel {rotate} ({kernel}{more})", problem, SAME_KERNEL[kernel], make)
 
 
-def _one_gpu(problem: Problem) -> str:
+def one_gpu(problem: Problem) -> str:
+    """What a speed is compared with."""
     return "one GPU, the whole batch" if problem.packed else "one GPU, a sequence of as many FLOPs"

@@ -12,10 +12,10 @@ So a replay is no measurement of the larger group; cases that were measured ther
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,11 +27,10 @@ import context_problems as problems
 from anyattn._context import _backward, _heads, _schedule
 from anyattn._context._exchange import Arrival
 from anyattn._context._topology import Members
-from context import batches, more_of_the_machine, seated
-from context_bench import BOTH, FACTOR, Bench, RankReport, RankRow
+from context import add_options, batches, finish, more_of_the_machine, seated
+from context_bench import FACTOR, Bench, RankReport, RankRow, one_gpu
 from context_problems import Problem
-from context_timing import Seat, extra_mib, milliseconds
-from measure import RESULTS
+from context_timing import Seat, Times, extra_mib, milliseconds
 
 T = TypeVar("T")
 CASES = (
@@ -107,11 +106,8 @@ class Player:
 
     def call(self, problem: Problem, comm: str, rank: int) -> tuple[problems.Call, Replay]:
         """A rank's call, and what its exchanges are replaced with."""
-        seat, (heads, kv_heads) = self.bench.seat, problem.heads
-        plan = anyattn.ContextParallel((self.ranks, rank), comm=comm).plan(
-            problem.given(seat.device), window=problem.window, num_heads=heads, num_kv_heads=kv_heads,
-            head_dim=problem.dim,
-        )  # fmt: skip
+        seat = self.bench.seat
+        plan = self.bench.plan(problem, comm, anyattn.ContextParallel((self.ranks, rank), comm=comm))
         group = dist.group.WORLD
         members = Members((self.ranks,), rank, (group,), seat.device, tuple(range(self.ranks)))
         plan = plan._bound(members)
@@ -128,7 +124,7 @@ class Player:
     def throughput(self, problem: Problem, comm: str) -> list[RankRow]:
         """Speed of the slowest rank against one GPU's; all ranks are played."""
         seat = self.bench.seat
-        alone = self._alone(problem)
+        alone = self.bench.reference(problem, self.backend, self.ranks)
         taken: dict[str, list[float]] = {way: [] for way in FACTOR}
         for rank in self.pairs():
             call, replay = self.call(problem, comm, rank)
@@ -136,22 +132,11 @@ class Player:
                 taken[way] += milliseconds(seat, replay.of(thunk)).by_rank
         rows = []
         for way, ms in taken.items():
-            speed = float(f"{problem.flops * FACTOR[way] / self.ranks / max(ms) / 1e9:.4g}")
+            times = Times(max(ms), statistics.median(ms), ms)
+            speed = self.bench.speed(problem, times, way, ranks=self.ranks)
             what = f"{way}, {problem.name}, {comm}, {self.ranks} ranks replayed, {self.backend}"
-            against = f"one GPU, {'the whole batch' if problem.packed else 'a sequence of as many FLOPs'}"
-            rows.append(RankRow(what, speed, alone[way], "TFLOP/s", against, detail={"ms_by_rank": ms}))
+            rows.append(RankRow(what, speed, alone[way], "TFLOP/s", one_gpu(problem), detail={"ms_by_rank": ms}))
         return rows
-
-    def _alone(self, problem: Problem) -> dict[str, float]:
-        key = problem.name, self.backend, BOTH
-        if key not in self.bench.speeds:
-            one = problem.alone(self.ranks)
-            call = problems.alone(one, self.backend, self.bench.seat.device)
-            for way, thunk in zip(FACTOR, (call.infer, call.both), strict=True):
-                times = milliseconds(self.bench.seat, thunk)
-                speed = self.bench.speed(one, times, way, ranks=1, slowest=False)
-                self.bench.speeds[problem.name, self.backend, way] = speed
-        return {way: self.bench.speeds[problem.name, self.backend, way] for way in FACTOR}
 
     def memory(self, problem: Problem, comm: str) -> list[RankRow]:
         """Peak of forward and backward beyond inputs, outputs and gradients, of the rank with most."""
@@ -170,12 +155,9 @@ def main() -> None:
     """Replay, print, and write one dated file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4, help="of the group that is played: an even number")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
+    add_options(parser, 200.0)
     parser.add_argument("--backends", default="fa3", help="default: fa3")
     parser.add_argument("--cases", default=CASES, help="CASE:SCHEME, ...; the case memory is of 128k")
-    parser.add_argument("--seconds", type=float, default=200.0, help="what has not begun by then is left out")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="problems for a CPU, few repetitions: a trial")
     options = parser.parse_args()
     seat = seated(options)
     if seat.size != 2 or options.ranks % 2:
@@ -190,9 +172,7 @@ def main() -> None:
             problem = known["128k" if name == "memory" else name]
             measure = player.memory if name == "memory" else player.throughput
             bench.attempt(f"{case}, {backend}", partial(measure, problem, comm))
-    if seat.rank == 0:
-        report.write()
-        report.show()
+    finish(bench)
     seat.exchange()
     dist.destroy_process_group()
 

@@ -160,16 +160,21 @@ def test_an_error_of_one_rank_is_told_on_all_and_ends_nothing(tmp_path: Path) ->
     assert left_out[0]["why"].startswith("rank 1: RuntimeError: a kernel died")
 
 
-def test_the_script_runs(tmp_path: Path) -> None:
-    cases = "32k,packed,window,memory,host,torch"
+def written(script: str, backends: str, cases: str, folder: Path) -> Path:
+    """The result of a trial on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               f"{FOLDER}/context.py", "--device", "cpu", "--tiny", "--backends", "fa3,reference"]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+               f"{FOLDER}/{script}", "--device", "cpu", "--tiny", "--backends", backends]  # fmt: skip
     done = subprocess.run(
-        [*command, "--cases", cases, "--out", str(tmp_path)], env=env, capture_output=True, text=True, timeout=600
-    )
+        [*command, "--cases", cases, "--out", str(folder)], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.iterdir()
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_the_script_runs(tmp_path: Path) -> None:
+    path = written("context.py", "fa3,reference", "32k,packed,window,memory,host,torch", tmp_path)
     assert path.name.endswith("-2xcpu-context.json")
     content = json.loads(path.read_text())
     assert content["machine"]["ranks"] == 2
@@ -190,15 +195,7 @@ def test_the_script_runs(tmp_path: Path) -> None:
 
 
 def test_a_larger_group_is_replayed_by_two(tmp_path: Path) -> None:
-    cases = "packed:all_gather,packed:p2p,32k:a2a,memory:all_gather"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               f"{FOLDER}/context_replay.py", "--device", "cpu", "--tiny", "--backends", "reference"]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, "--cases", cases, "--out", str(tmp_path)], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.iterdir()
+    path = written("context_replay.py", "reference", "packed:all_gather,packed:p2p,32k:a2a,memory:all_gather", tmp_path)
     content = json.loads(path.read_text())
     assert content["left_out"] == []
     assert content["machine"]["replayed"] == 4

@@ -109,7 +109,7 @@ class RanksMissing(ContextError):
         )
 
 
-def counted_ranks(ranks: list[int]) -> str:
+def _listed(ranks: list[int]) -> str:
     """As in a sentence: rank 2, or ranks 1, 2."""
     return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
 
@@ -194,7 +194,7 @@ def check(data: PlanData, members: Members, call: Mapping[str, object], failure:
         say = "says" if len(failed) == 1 else "say"
         raise OthersFailed(
             failed,
-            f"this call cannot run on {counted_ranks(failed)} of the group, which {say} why; nothing has run here",
+            f"this call cannot run on {_listed(failed)} of the group, which {say} why; nothing has run here",
         )
     if (everyone == everyone[0]).all():
         return

@@ -372,7 +372,7 @@ def _comms(machine: Machine, comm: str) -> tuple[Comm, ...]:
     named: tuple[Comm, ...] = tuple(c for c in _cost.PREFERRED if machine.hierarchical or c != "a2a+p2p")
     if comm == "auto":
         return named
-    if machine.hierarchical and comm not in ("auto", "a2a+p2p"):
+    if machine.hierarchical and comm != "a2a+p2p":
         raise ContextError(
             f"--hierarchical divides the ranks in two dims, which --comm {comm} does not take: leave it out"
         )

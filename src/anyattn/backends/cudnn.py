@@ -63,9 +63,9 @@ def _decode(p: Problem) -> bool:
 
 
 def _slow(p: Problem) -> bool:
-    """Where others are faster: long caches, and the backward of a window over more keys than queries.
+    """Where others are faster: few queries over a long cache, and the backward of a window over more keys than queries.
 
-    The latter takes five times as long as with equal lengths, dense and packed: seen on an H200 with cuDNN 9.19.
+    The latter takes several times as long as with equal lengths, dense and packed: seen on an H200 with cuDNN 9.19.
     """
     return _decode(p) or (p.left and p.relation != "equal" and p.needs_backward)
 
