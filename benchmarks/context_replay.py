@@ -25,7 +25,7 @@ from torch import Tensor
 import anyattn
 import context_problems as problems
 from anyattn._context import _backward, _heads, _schedule
-from anyattn._context._exchange import Arrival
+from anyattn._context._exchange import Arrival, exchange
 from anyattn._context._topology import Members
 from context import add_options, batches, finish, more_of_the_machine, seated
 from context_bench import FACTOR, Bench, RankReport, RankRow, one_gpu
@@ -55,10 +55,20 @@ class Replay:
 
         def replayed() -> T:
             self._at = 0
-            return thunk()
+            self._put(self)
+            try:
+                return thunk()
+            finally:  # a module that held this would keep its group beyond the end of the job
+                self._put(exchange)
 
         self._wanted.clear()
         return replayed
+
+    @staticmethod
+    def _put(instead: Callable[..., Arrival]) -> None:
+        """Let the schedules exchange by this."""
+        for module in (_schedule, _backward, _heads):
+            module.exchange = instead  # type: ignore[attr-defined]
 
     def __call__(
         self, group: Any, send: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, room: int = 0,
@@ -112,10 +122,7 @@ class Player:
         members = Members((self.ranks,), rank, (group,), seat.device, tuple(range(self.ranks)))
         plan = plan._bound(members)
         plan._agreed = _Agreed()
-        replay = Replay(seat, rank)
-        for module in (_schedule, _backward, _heads):
-            module.exchange = replay  # type: ignore[attr-defined]
-        return problems.sharded(problem, self.backend, plan, seat.device), replay
+        return problems.sharded(problem, self.backend, plan, seat.device), Replay(seat, rank)
 
     def pairs(self) -> list[int]:
         """The ranks that this GPU plays, one after the other."""
